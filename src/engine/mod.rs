@@ -1,0 +1,22 @@
+//! The change data capture engine: words, roles and flow. It knows no Kubernetes and no database.
+//!
+//! Invariants kept here:
+//! * a change of table T in a transaction with end position `c` is applied if and only if `c` lies after the position up
+//!   to which T's copy is right (see [`handover`]);
+//! * what is confirmed to a source is what is durable on the target, nothing else;
+//! * nothing that was learned from a target outlives the connection it was learned on.
+//!
+//! The pure parts ([`batch`], [`coalesce`], [`handover`], [`startup`], [`retry`]) do no I/O; connectors implement the
+//! [`roles`]; [`flow`] puts them together.
+
+pub mod batch;
+pub mod coalesce;
+pub mod error;
+pub mod flow;
+pub mod handover;
+pub mod position;
+pub mod progress;
+pub mod retry;
+pub mod roles;
+pub mod startup;
+pub mod table;

@@ -1,0 +1,363 @@
+//! What a connector offers: small roles, each implemented by the systems that can.
+
+use super::batch::Part;
+use super::error::Result;
+use super::position::Position;
+use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
+use bytes::Bytes;
+use futures::Stream;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+/// Which server a source is, so that positions of one are never used on another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceIdentity {
+    /// PostgreSQL: `system_identifier`.
+    pub system_identifier: String,
+    /// Database that is read.
+    pub database: String,
+    /// PostgreSQL: timeline.
+    pub timeline: i64,
+}
+
+/// Names a stream's checkpoint on the target.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct StreamKey {
+    /// Of the source.
+    pub system_identifier: String,
+    /// Of the source.
+    pub database: String,
+    /// Replication slot.
+    pub slot: String,
+}
+
+/// To whom a checkpoint belongs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Namespace of the Mirror.
+    pub namespace: String,
+    /// Name of the Mirror.
+    pub name: String,
+    /// Uid of the Mirror; a restored object has another.
+    pub uid: String,
+}
+
+/// Which tables are mapped.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Selection {
+    /// By name.
+    Tables(Vec<TableSelection>),
+    /// All tables of schemas.
+    Schemas(Vec<SchemaSelection>),
+}
+
+/// One table by name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TableSelection {
+    /// In the source.
+    pub source: QualifiedName,
+    /// In the target.
+    pub target: QualifiedName,
+    /// Columns that never leave the source.
+    pub exclude_columns: Vec<String>,
+}
+
+/// All tables of one schema.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SchemaSelection {
+    /// In the source.
+    pub source: String,
+    /// In the target.
+    pub target: String,
+    /// Tables that are left out.
+    pub exclude_tables: Vec<String>,
+}
+
+/// The slot as the source sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogState<P> {
+    /// Position that was confirmed last: nothing up to it is sent again.
+    pub confirmed: P,
+    /// The source has thrown the log away; why.
+    pub lost: Option<String>,
+    /// Process that reads from it now.
+    pub active: Option<i32>,
+}
+
+/// Limits of one part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Changes.
+    pub rows: usize,
+    /// Bytes in memory.
+    pub bytes: usize,
+    /// How long changes may wait for more.
+    pub delay: std::time::Duration,
+}
+
+/// How the bytes of a bulk stream are written; both ends must agree on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BulkFormat {
+    /// PostgreSQL `COPY … (FORMAT binary)`.
+    PostgresBinary,
+    /// PostgreSQL `COPY … (FORMAT text)`.
+    PostgresText,
+}
+
+/// Bytes of a range, undecoded, in pieces of any size.
+pub type BulkStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
+
+/// One part of a table that is copied by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Number inside the table, from 0.
+    pub number: i32,
+    /// First block and the block after the last; `None`: the whole table.
+    pub blocks: Option<(u64, u64)>,
+}
+
+/// A source of tables and changes.
+pub trait Source: Send + Sync + 'static {
+    /// Its positions.
+    type Position: Position;
+    /// Its snapshots.
+    type Snapshot: Snapshot<Position = Self::Position>;
+    /// Its log.
+    type Log: ChangeLog<Position = Self::Position>;
+
+    /// Connects and says which server this is.
+    fn identity(&self) -> impl Future<Output = Result<SourceIdentity>> + Send;
+
+    /// Reads the mapped tables from the catalog. Fails with the reason for the first table that can't be followed.
+    fn tables(&self, selection: &Selection) -> impl Future<Output = Result<Vec<MappedTable>>> + Send;
+
+    /// Makes the publication hold exactly these tables and columns. Identity, column list and filter of each table that
+    /// comes in are checked in the same source transaction under a lock, so that no table whose users' writes the source
+    /// would refuse is ever published.
+    fn publish(&self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+
+    /// Tables that are in the publication now; compared with what should be there.
+    fn published(&self) -> impl Future<Output = Result<Vec<QualifiedName>>> + Send;
+
+    /// The lasting slot, if it exists.
+    fn log_state(&self) -> impl Future<Output = Result<Option<LogState<Self::Position>>>> + Send;
+
+    /// Makes the lasting slot and gives the snapshot that goes with it.
+    fn create_log(&self) -> impl Future<Output = Result<Self::Snapshot>> + Send;
+
+    /// Drops the lasting slot that was made a moment ago and has no checkpoint yet.
+    fn drop_log(&self) -> impl Future<Output = Result<()>> + Send;
+
+    /// Takes another snapshot that is a prefix of the log (PostgreSQL: of a temporary slot).
+    fn snapshot(&self) -> impl Future<Output = Result<Self::Snapshot>> + Send;
+
+    /// Opens the log after a position. `tables` are the versions to compare relation messages with.
+    fn open(&self, from: &Self::Position, tables: &[MappedTable], limits: BatchLimits) -> impl Future<Output = Result<Self::Log>> + Send;
+
+    /// Where the log ends now.
+    fn head(&self) -> impl Future<Output = Result<Self::Position>> + Send;
+
+    /// Writes a marker into the log, so that an idle source moves on.
+    fn mark(&self) -> impl Future<Output = Result<()>> + Send;
+
+    /// What a slow set-up waits for, for people: for example old transactions with their pids and age.
+    fn waiting(&self) -> Option<String>;
+}
+
+/// One consistent state of a source, tied to a position of its log.
+pub trait Snapshot: Send + Sync + 'static {
+    /// Positions of the source.
+    type Position: Position;
+
+    /// Holds exactly the transactions whose end is not after this.
+    fn position(&self) -> &Self::Position;
+
+    /// Splits a table into ranges of about `rows` rows, by statistics.
+    fn ranges(&self, table: &MappedTable, rows: u64) -> Vec<Range>;
+
+    /// Reads a range. Each call uses a connection of its own that has imported the snapshot.
+    fn read(&self, table: &MappedTable, range: &Range, format: BulkFormat) -> impl Future<Output = Result<BulkStream>> + Send;
+
+    /// Ends the snapshot.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+/// The changes of a source after a position.
+pub trait ChangeLog: Send + 'static {
+    /// Positions of the source.
+    type Position: Position;
+
+    /// The next part; waits for one. Safe to cancel: nothing is lost when the future is dropped.
+    fn next(&mut self) -> impl Future<Output = Result<Part<Self::Position>>> + Send;
+
+    /// Confirms what is durable on the target. Feedback itself runs in a task of its own.
+    fn confirm(&self, durable: &Self::Position);
+
+    /// Last position that was received, and the source's end of log as it last said.
+    fn received(&self) -> (Self::Position, Self::Position);
+}
+
+/// One table in the checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TableCheckpoint<P> {
+    /// In the source.
+    pub source: QualifiedName,
+    /// In the target.
+    pub target: QualifiedName,
+    /// How far it is.
+    pub state: TableState,
+    /// Counts the copies of this table, so that rows of an older one are never taken for done.
+    pub generation: i64,
+    /// Up to where its copy is right, for a table that is catching up.
+    pub position: Option<P>,
+    /// Rows copied in this generation.
+    pub rows_copied: i64,
+    /// Encoded column names and types, to see that a table has changed while nobody looked.
+    pub columns: String,
+}
+
+/// What a target holds durably for a stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint<P> {
+    /// End of the last transaction applied.
+    pub position: P,
+    /// Timeline that the position lies on.
+    pub timeline: i64,
+    /// Owner that wrote it last.
+    pub owner: Owner,
+    /// Tables by source name.
+    pub tables: HashMap<QualifiedName, TableCheckpoint<P>>,
+}
+
+/// A claim: the right to write for one stream until somebody else claims it.
+#[derive(Clone, Debug)]
+pub struct Claimed<P> {
+    /// Raised by one with each claim.
+    pub epoch: i64,
+    /// What is durable on the target, read in the claiming transaction; `None` for a new stream.
+    pub checkpoint: Option<Checkpoint<P>>,
+}
+
+/// How changes are written, shown in status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApplyMode {
+    /// `session_replication_role = replica`: triggers and foreign keys of the target do not fire.
+    Replica,
+    /// Without that right: row by row in commit order.
+    Ordered,
+}
+
+/// A target that can be loaded and that applies changes.
+pub trait Target: Send + Sync + 'static {
+    /// Positions of the source whose changes it takes.
+    type Position: Position;
+    /// Its writer.
+    type Applier: Apply<Position = Self::Position>;
+
+    /// Refuses what can't work: source and target the same table, a table that is itself mirrored from here, types that
+    /// are missing, an existing table that does not fit.
+    fn check(&self, source: &SourceIdentity, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+
+    /// Claims the stream: ends the old claim's backends, raises the epoch, reads the checkpoint, all in one transaction.
+    /// `held` is the epoch of an earlier claim of this very process: a higher one on the target means that another worker
+    /// has claimed since, and the answer is an error of class `Fenced`.
+    fn claim(
+        &self,
+        key: &StreamKey,
+        owner: &Owner,
+        held: Option<i64>,
+    ) -> impl Future<Output = Result<(Claimed<Self::Position>, Self::Applier)>> + Send;
+
+    /// In which format a table can be copied from the source to here without decoding.
+    fn bulk_format(&self, table: &MappedTable) -> impl Future<Output = Result<BulkFormat>> + Send;
+
+    /// Loads one range in one transaction with its done-row. Returns the rows. Runs on a connection of its own; the
+    /// epoch is checked as the last statement.
+    fn load(
+        &self,
+        key: &StreamKey,
+        epoch: i64,
+        table: &MappedTable,
+        generation: i64,
+        range: &Range,
+        format: BulkFormat,
+        rows: BulkStream,
+    ) -> impl Future<Output = Result<u64>> + Send;
+
+    /// Builds the primary key and statistics after the data. Safe to repeat.
+    fn finish(&self, key: &StreamKey, epoch: i64, table: &MappedTable) -> impl Future<Output = Result<()>> + Send;
+}
+
+/// The one writer of a stream, bound to one connection: an error of class `Retry` ends it, and the next claim makes a new.
+pub trait Apply: Send + 'static {
+    /// Positions of the source.
+    type Position: Position;
+
+    /// Writes the first checkpoint of a stream that has none.
+    fn initialize(&mut self, position: &Self::Position, timeline: i64) -> impl Future<Output = Result<()>> + Send;
+
+    /// Writes the timeline that the source is on now, after a failover that kept everything.
+    fn set_timeline(&mut self, timeline: i64) -> impl Future<Output = Result<()>> + Send;
+
+    /// Begins a copy in one transaction: makes the target table when it is missing, deals with rows that are there
+    /// (`truncate`, else an error when there are any), raises the generation, state `Copying`. Returns the generation.
+    fn begin_copy(&mut self, table: &MappedTable, truncate: bool) -> impl Future<Output = Result<i64>> + Send;
+
+    /// Writes a table's state, with the position up to which it is right where it is catching up.
+    fn set_state(
+        &mut self,
+        table: &MappedTable,
+        state: TableState,
+        position: Option<&Self::Position>,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Forgets tables that are no longer mapped; their rows stay.
+    fn forget(&mut self, tables: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;
+
+    /// Ranges done in a generation.
+    fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> impl Future<Output = Result<Vec<i32>>> + Send;
+
+    /// Reads what is needed to write these tables: target columns, unique indexes, statements. Called before the first
+    /// [`Self::apply`] and when the set of tables changes.
+    fn prepare(&mut self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+
+    /// Applies the changes of a part for which `due` says yes. Opens a target transaction when none is open; when the
+    /// part is not open, writes the checkpoint (`part`'s last boundary, or `received` without one), checks the epoch as
+    /// the last statement and commits. `due(table id, index of the change)`.
+    fn apply(
+        &mut self,
+        part: &Part<Self::Position>,
+        due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
+        joined: &[QualifiedName],
+    ) -> impl Future<Output = Result<Applied>> + Send;
+
+    /// Moves the checkpoint of an idle stream.
+    fn advance(&mut self, position: &Self::Position, joined: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;
+
+    /// The last checkpoint that is on the target's disk; asks the target only when one is waiting.
+    fn durable(&mut self) -> impl Future<Output = Result<Option<Self::Position>>> + Send;
+
+    /// Rolls back what is open. Used on suspend and stop.
+    fn abort(self) -> impl Future<Output = ()> + Send;
+
+    /// How changes are written.
+    fn mode(&self) -> ApplyMode;
+}
+
+/// Counts of one [`Apply::apply`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Rows inserted.
+    pub inserts: u64,
+    /// Rows updated.
+    pub updates: u64,
+    /// Rows deleted.
+    pub deletes: u64,
+    /// The part's transactions are committed.
+    pub committed: bool,
+}
+
+/// Shared table versions by id.
+pub type Versions = HashMap<u32, Arc<TableVersion>>;

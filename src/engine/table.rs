@@ -1,0 +1,142 @@
+//! Tables as of a position.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Schema and name, unquoted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QualifiedName {
+    /// Schema.
+    pub schema: String,
+    /// Name in the schema.
+    pub name: String,
+}
+
+impl QualifiedName {
+    /// Both parts.
+    pub fn new(schema: impl Into<String>, name: impl Into<String>) -> Self {
+        Self {
+            schema: schema.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for QualifiedName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.schema, self.name)
+    }
+}
+
+/// How a source names the row that an update or delete is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// By the columns marked as key (a primary key or a chosen unique index).
+    Key,
+    /// By all columns of the old row.
+    Full,
+}
+
+/// One column of a table version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Name.
+    pub name: String,
+    /// The source's number for the type (PostgreSQL: OID).
+    pub type_id: u32,
+    /// The type's schema and name in the source's catalog, for example `pg_catalog.int4`.
+    pub type_name: QualifiedName,
+    /// The type as declared, with its modifier, for example `numeric(12,2)`; schema-qualified where needed.
+    pub declared: String,
+    /// Part of the replica identity.
+    pub key: bool,
+    /// May hold no NULL.
+    pub not_null: bool,
+    /// Computed by the database: neither copied nor streamed; the expression in the source's words.
+    pub generated: Option<String>,
+    /// Collation, when it is not the type's default.
+    pub collation: Option<QualifiedName>,
+}
+
+/// One table's columns as of a position. Immutable and shared; a schema change makes a new one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableVersion {
+    /// The source's number for the table (PostgreSQL: OID), as rows of the stream carry it.
+    pub id: u32,
+    /// Name in the source.
+    pub name: QualifiedName,
+    /// Columns that are copied and streamed, in the source's order, without the excluded and generated ones.
+    pub columns: Vec<Column>,
+    /// How rows are named.
+    pub identity: Identity,
+}
+
+/// One mapped table: what the source has, where it goes, what it takes to make it there.
+#[derive(Clone, Debug)]
+pub struct MappedTable {
+    /// As read from the catalog at set-up.
+    pub version: Arc<TableVersion>,
+    /// Name in the target.
+    pub target: QualifiedName,
+    /// Columns that the database computes, not in `version`.
+    pub generated: Vec<Column>,
+    /// Columns that never leave the source.
+    pub excluded: Vec<String>,
+    /// Columns of the primary key, in key order; empty without one.
+    pub primary_key: Vec<String>,
+    /// Name of the primary key's constraint.
+    pub primary_key_name: Option<String>,
+    /// Rows by the planner's statistics, for planning and progress.
+    pub estimated_rows: u64,
+    /// Size of the heap in the source's blocks, from the file and not from statistics; 0 for a partitioned table's root.
+    pub blocks: u64,
+}
+
+impl MappedTable {
+    /// Name in the source.
+    #[must_use]
+    pub fn source(&self) -> &QualifiedName {
+        &self.version.name
+    }
+}
+
+/// How far one table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TableState {
+    /// Known, nothing done.
+    Init,
+    /// Its ranges are being copied.
+    Copying,
+    /// All ranges are there, keys are being built.
+    Copied,
+    /// Right up to its own position; the stream has not reached it yet.
+    CatchingUp,
+    /// Right up to the stream's checkpoint.
+    Ready,
+    /// Stopped; the reason is beside it.
+    Error,
+}
+
+impl TableState {
+    /// All, in the order of a table's life.
+    pub const ALL: [Self; 6] = [Self::Init, Self::Copying, Self::Copied, Self::CatchingUp, Self::Ready, Self::Error];
+
+    /// The word in status, checkpoint and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Init => "Init",
+            Self::Copying => "Copying",
+            Self::Copied => "Copied",
+            Self::CatchingUp => "CatchingUp",
+            Self::Ready => "Ready",
+            Self::Error => "Error",
+        }
+    }
+
+    /// The state of that word.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == word)
+    }
+}

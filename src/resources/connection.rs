@@ -1,0 +1,92 @@
+//! The kinds `Source` and `Target`: how a database is reached, and what was found there.
+
+use super::common::{Engine, LocalRef, ParamValue, Prerequisite, Tls};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+macro_rules! connection_kind {
+    ($kind:literal, $spec:ident, $plural:literal, $short:literal, $doc:literal) => {
+        #[doc = $doc]
+        #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
+        #[serde(rename_all = "camelCase")]
+        #[kube(group = "sluice.dev", version = "v1alpha1", kind = $kind, namespaced, status = "ConnectionStatus",
+            plural = $plural, shortname = $short, category = "cdc", doc = $doc,
+            printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+            printcolumn(name = "Status", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+            printcolumn(name = "Engine", type_ = "string", json_path = ".spec.engine"),
+            printcolumn(name = "Host", type_ = "string", json_path = ".spec.host"),
+            printcolumn(name = "Database", type_ = "string", json_path = ".spec.database"),
+            printcolumn(name = "Version", type_ = "string", json_path = ".status.serverVersion", priority = 1),
+            printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1),
+            printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+            selectable = ".spec.host",
+            validation = Rule::new("size(self.metadata.name) <= 63 && !self.metadata.name.contains('.')").message("metadata.name must be a DNS label of at most 63 characters"),
+        )]
+        #[x_kube(validation = Rule::new("self.engine == oldSelf.engine").message("engine cannot be changed").field_path(".engine"))]
+        pub struct $spec {
+            /// Database engine.
+            pub engine: Engine,
+            /// Host name or address.
+            #[schemars(length(min = 1, max = 253))]
+            pub host: String,
+            /// TCP port.
+            #[schemars(range(min = 1, max = 65535))]
+            #[serde(default = "pg_port")]
+            pub port: i32,
+            /// Database name.
+            #[schemars(length(min = 1, max = 63))]
+            pub database: String,
+            /// Secret with the keys `username` and `password`.
+            pub credentials_ref: LocalRef,
+            /// TLS of the connection.
+            #[serde(default)]
+            pub tls: Tls,
+            /// Session parameters sent at connect.
+            #[schemars(extend("maxProperties" = 32))]
+            #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+            pub parameters: BTreeMap<String, ParamValue>,
+            /// Seconds to wait for a connection.
+            #[schemars(range(min = 1, max = 300))]
+            #[serde(default = "ten")]
+            pub connect_timeout_seconds: i32,
+            /// Refuse deletion (enforced by a ValidatingAdmissionPolicy).
+            #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+            pub deletion_protection: bool,
+        }
+    };
+}
+fn pg_port() -> i32 {
+    5432
+}
+fn ten() -> i32 {
+    10
+}
+
+connection_kind!("Source", SourceSpec, "sources", "src", "A database to read changes from.");
+connection_kind!("Target", TargetSpec, "targets", "tgt", "A database to write to.");
+
+/// Observed state of a connection.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema, Default)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionStatus {
+    /// Generation of the spec that this status describes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, Reconciling, Stalled, ConnectionVerified, PrerequisitesMet, DeletionProtected.
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    #[schemars(length(max = 16))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+    /// Version the server reports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_version: Option<String>,
+    /// System identifier of the server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_identifier: Option<String>,
+    /// Prerequisites that fail.
+    #[schemars(length(max = 64))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed_prerequisites: Vec<Prerequisite>,
+}

@@ -1,0 +1,238 @@
+//! The kind `Mirror`: which tables are kept identical, and how.
+
+use super::common::{LocalRef, Reclaim};
+use super::mirror_status::MirrorStatus;
+use k8s_openapi::api::core::v1::Toleration;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Name of a table in the target.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TableName {
+    /// Schema; the source's when absent.
+    #[schemars(length(min = 1, max = 63))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schema: Option<String>,
+    /// Table; the source's when absent.
+    #[schemars(length(min = 1, max = 63))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+/// One table of the source and where it goes.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Table {
+    /// Schema in the source.
+    #[schemars(length(min = 1, max = 63))]
+    #[serde(default = "public_schema")]
+    pub schema: String,
+    /// Table in the source.
+    #[schemars(length(min = 1, max = 63))]
+    pub name: String,
+    /// Where it goes; default: the same name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<TableName>,
+    /// Columns that never leave the source.
+    #[schemars(length(max = 1600), inner(length(min = 1, max = 63)), extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude_columns: Vec<String>,
+}
+
+fn public_schema() -> String {
+    "public".into()
+}
+
+/// All tables of a schema.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Schema {
+    /// Schema in the source.
+    #[schemars(length(min = 1, max = 63))]
+    pub name: String,
+    /// Schema in the target; default: the same name.
+    #[schemars(length(min = 1, max = 63))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// Tables that are left out.
+    #[schemars(length(max = 1000), inner(length(min = 1, max = 63)), extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude_tables: Vec<String>,
+}
+
+/// Initial copy.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.startPosition) || !self.enabled").message("startPosition goes with enabled: false").field_path(".startPosition"))]
+pub struct Snapshot {
+    /// Copy existing rows before streaming.
+    #[serde(default = "yes")]
+    pub enabled: bool,
+    /// With `enabled: false`: the commit end LSN up to which the target already equals the source (for example of a
+    /// restored backup). The slot named by `slotName` must exist and must not be ahead of it.
+    #[schemars(regex(pattern = r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_position: Option<String>,
+    /// Rows of one range of a table, by the planner's estimate; 250000 when absent.
+    #[schemars(range(min = 1000, max = 1_000_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_per_partition: Option<i64>,
+    /// Tables copied at a time; 4 when absent.
+    #[schemars(range(min = 1, max = 64))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tables_in_parallel: Option<i32>,
+    /// What to do with rows found in a target table before its first copy.
+    #[serde(default)]
+    pub existing_rows: ExistingRows,
+    /// Ranges of one table copied at a time; 4 when absent.
+    #[schemars(range(min = 1, max = 64))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workers_per_table: Option<i32>,
+}
+fn yes() -> bool {
+    true
+}
+/// What to do with rows found in a target table before its first copy.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
+pub enum ExistingRows {
+    /// A target table that holds rows is not touched: the Mirror stops with `TargetTableNotEmpty`.
+    #[default]
+    Refuse,
+    /// The target table is emptied before its first copy.
+    Truncate,
+}
+
+/// How changes are batched on the way to the target.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Stream {
+    /// Rows of one batch at most; 100000 when absent.
+    #[schemars(range(min = 1, max = 10_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_batch_rows: Option<i32>,
+    /// Bytes of one batch at most; 16777216 when absent.
+    #[schemars(range(min = 65536, max = 1_073_741_824))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_batch_bytes: Option<i64>,
+    /// How long a batch may wait for more changes, in milliseconds; 5 when absent.
+    #[schemars(range(min = 0, max = 600_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_delay_milliseconds: Option<i32>,
+}
+
+/// What happens outside the cluster when the Mirror is deleted.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema, Default)]
+#[serde(rename_all = "camelCase")]
+pub struct DeletionPolicy {
+    /// The replication slot.
+    #[serde(default)]
+    pub slot: Reclaim,
+    /// The publication.
+    #[serde(default)]
+    pub publication: Reclaim,
+}
+
+/// The pod that does the work.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema, Default)]
+#[serde(rename_all = "camelCase")]
+pub struct Worker {
+    /// Image; default: the operator's, moved by `updatePolicy`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// When a running worker moves to a new default image.
+    #[serde(default)]
+    pub update_policy: UpdatePolicy,
+    /// CPU, memory, ephemeral storage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<k8s_openapi::api::core::v1::ResourceRequirements>,
+    /// Labels that a node must have.
+    #[schemars(extend("maxProperties" = 32))]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that are tolerated.
+    #[schemars(length(max = 32))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
+    /// Priority class of the pod.
+    #[schemars(length(min = 1, max = 253))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority_class_name: Option<String>,
+}
+/// When a running worker moves to a new default image.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
+pub enum UpdatePolicy {
+    /// The next time the worker restarts for another reason, or the Mirror is resumed.
+    #[default]
+    OnRestart,
+    /// Now, one worker per source at a time.
+    Immediate,
+}
+
+/// Keeps tables of a target identical to those of a source.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[kube(group = "sluice.dev", version = "v1alpha1", kind = "Mirror", namespaced, status = "MirrorStatus",
+    plural = "mirrors", shortname = "mir", category = "cdc", doc = "Keeps tables of a target identical to those of a source.",
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Source", type_ = "string", json_path = ".spec.sourceRef.name"),
+    printcolumn(name = "Target", type_ = "string", json_path = ".spec.targetRef.name"),
+    printcolumn(name = "Tables", type_ = "string", json_path = ".status.tables.summary"),
+    printcolumn(name = "Lag", type_ = "string", json_path = ".status.lag"),
+    printcolumn(name = "Position", type_ = "string", json_path = ".status.position.applied", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    selectable = ".spec.sourceRef.name", selectable = ".spec.targetRef.name",
+    validation = Rule::new("size(self.metadata.name) <= 63 && !self.metadata.name.contains('.')").message("metadata.name must be a DNS label of at most 63 characters"),
+)]
+#[x_kube(validation = Rule::new("!has(self.schemas) || self.schemas.all(x, self.schemas.exists_one(y, y.name == x.name))").message("a schema is given twice").field_path(".schemas"))]
+#[x_kube(validation = Rule::new("has(self.tables) != has(self.schemas)").message("give exactly one of tables and schemas"))]
+#[x_kube(validation = Rule::new("self.sourceRef == oldSelf.sourceRef").message("sourceRef cannot be changed").field_path(".sourceRef"))]
+#[x_kube(validation = Rule::new("self.targetRef == oldSelf.targetRef").message("targetRef cannot be changed").field_path(".targetRef"))]
+#[x_kube(validation = Rule::new("has(self.slotName) == has(oldSelf.slotName) && (!has(self.slotName) || self.slotName == oldSelf.slotName)").message("slotName cannot be changed"))]
+#[x_kube(validation = Rule::new("has(self.publicationName) == has(oldSelf.publicationName) && (!has(self.publicationName) || self.publicationName == oldSelf.publicationName)").message("publicationName cannot be changed"))]
+pub struct MirrorSpec {
+    /// Source in the same namespace.
+    pub source_ref: LocalRef,
+    /// Target in the same namespace.
+    pub target_ref: LocalRef,
+    /// Tables to keep, by their name in the source.
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    #[schemars(length(min = 1, max = 5000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tables: Option<Vec<Table>>,
+    /// Schemas of which all tables are kept, those to come included.
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    #[schemars(length(min = 1, max = 100))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schemas: Option<Vec<Schema>>,
+    /// Initial copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Snapshot>,
+    /// How changes are batched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<Stream>,
+    /// Replication slot; made from the uid when absent.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9_]+$"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot_name: Option<String>,
+    /// Publication; made from the uid when absent.
+    #[schemars(length(min = 1, max = 63))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publication_name: Option<String>,
+    /// What happens outside the cluster on deletion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_policy: Option<DeletionPolicy>,
+    /// Stop the stream and keep its position. No CRD default on purpose: a defaulted field is owned by whoever creates the object.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspend: bool,
+    /// Refuse deletion of this Mirror (enforced by a ValidatingAdmissionPolicy).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deletion_protection: bool,
+    /// The pod that does the work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<Worker>,
+}

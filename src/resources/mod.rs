@@ -1,0 +1,16 @@
+//! The kinds of `sluice.dev/v1alpha1`: types, validation rules, conditions. No I/O.
+//!
+//! Invariant: only kinds, fields and values that work are in the schema, each with a description and a bound.
+
+pub mod common;
+pub mod conditions;
+pub mod connection;
+pub mod crds;
+pub mod mirror;
+pub mod mirror_status;
+pub mod names;
+
+pub use common::{Engine, KeyRef, LocalRef, ParamValue, Prerequisite, Reclaim, Tls, TlsMode};
+pub use connection::{ConnectionStatus, Source, SourceSpec, Target, TargetSpec};
+pub use mirror::{DeletionPolicy, ExistingRows, Mirror, MirrorSpec, Schema, Snapshot, Stream, Table, TableName, UpdatePolicy, Worker};
+pub use mirror_status::{MirrorStatus, Position, TableCounts, WorkerStatus};

@@ -1,0 +1,263 @@
+//! The HTTP contract between the operator and a worker, version 1.
+//!
+//! * `GET /v1/status` → [`Status`], `PUT /v1/desired` with a [`Desired`] → 204, or 409 with an older generation;
+//!   both signed (see `docs/src/internals/worker-contract.md`).
+//! * `/livez`, `/readyz`, `/metrics`: unsigned.
+//!
+//! Fields are only ever added; unknown ones are ignored. An operator speaks versions N and N−1.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Version of the contract that this build speaks.
+pub const VERSION: u32 = 1;
+/// Port of a worker's HTTP server.
+pub const PORT: u16 = 8080;
+/// Limit of a request's or answer's body, in bytes.
+pub const BODY_LIMIT: usize = 4 * 1024 * 1024;
+/// Folder of the mounted ConfigMap; the document is the key [`DESIRED_FILE`].
+pub const CONFIG_FOLDER: &str = "/etc/sluice/config";
+/// Key of the ConfigMap and name of the file.
+pub const DESIRED_FILE: &str = "desired.json";
+/// Folder of the source's mounted Secrets: `credentials/`, `ca/`, `client/`.
+pub const SOURCE_FOLDER: &str = "/etc/sluice/source";
+/// Folder of the target's mounted Secrets.
+pub const TARGET_FOLDER: &str = "/etc/sluice/target";
+/// The emptyDir: copy of the last desired document, spill.
+pub const STATE_FOLDER: &str = "/var/lib/sluice";
+
+/// What a worker shall do. Everything in it takes effect without a restart of the pod.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Desired {
+    /// Version of the contract.
+    pub contract: u32,
+    /// Grows with each change of this document. The worker takes the highest of mounted file, pushed body and its copy.
+    pub generation: i64,
+    /// Whose worker this is; the audience of signed calls is `mirror.uid`.
+    pub mirror: MirrorId,
+    /// The source.
+    pub source: EndpointSpec,
+    /// The target.
+    pub target: EndpointSpec,
+    /// Replication slot.
+    pub slot: String,
+    /// Publication.
+    pub publication: String,
+    /// Tables by name; exactly one of `tables` and `schemas`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tables: Option<Vec<TableSpec>>,
+    /// Whole schemas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schemas: Option<Vec<SchemaSpec>>,
+    /// Initial copy.
+    pub snapshot: SnapshotSpec,
+    /// Batches.
+    pub stream: StreamSpec,
+    /// Stop the stream, keep the position.
+    #[serde(default)]
+    pub suspend: bool,
+    /// Public keys (Ed25519, 32 bytes, standard base64) that calls may be signed with: the current and the next.
+    pub public_keys: Vec<String>,
+}
+
+/// Names a Mirror.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MirrorId {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// Uid.
+    pub uid: String,
+}
+
+/// A database; user name, password and certificates are files below `folder`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointSpec {
+    /// `PostgreSQL`.
+    pub engine: String,
+    /// Host.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Database.
+    pub database: String,
+    /// Disable, Prefer, Require, VerifyCA, VerifyFull.
+    pub tls_mode: String,
+    /// Folder with `credentials/username`, `credentials/password`, `ca/<caKey>`, `client/tls.crt`, `client/tls.key`.
+    pub folder: String,
+    /// Key of the CA bundle, when there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_key: Option<String>,
+    /// Whether a client certificate is mounted.
+    #[serde(default)]
+    pub client_certificate: bool,
+    /// Session parameters.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parameters: BTreeMap<String, String>,
+    /// Seconds to wait for a connection.
+    pub connect_timeout_seconds: u32,
+}
+
+/// One table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TableSpec {
+    /// Schema in the source.
+    pub schema: String,
+    /// Name in the source.
+    pub name: String,
+    /// Schema in the target.
+    pub target_schema: String,
+    /// Name in the target.
+    pub target_name: String,
+    /// Columns that never leave the source.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude_columns: Vec<String>,
+}
+
+/// One schema.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SchemaSpec {
+    /// In the source.
+    pub name: String,
+    /// In the target.
+    pub target: String,
+    /// Tables that are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude_tables: Vec<String>,
+}
+
+/// Initial copy, defaults filled in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SnapshotSpec {
+    /// Copy existing rows.
+    pub enabled: bool,
+    /// Empty a target table that holds rows before its first copy.
+    pub truncate: bool,
+    /// Where to start without a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_position: Option<String>,
+    /// Rows of one range.
+    pub rows_per_partition: u64,
+    /// Tables at a time.
+    pub tables_in_parallel: usize,
+    /// Ranges of one table at a time.
+    pub workers_per_table: usize,
+}
+
+/// Batches, defaults filled in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamSpec {
+    /// Rows of one batch.
+    pub max_batch_rows: usize,
+    /// Bytes of one batch.
+    pub max_batch_bytes: usize,
+    /// How long a batch may wait for more.
+    pub max_delay_milliseconds: u64,
+}
+
+/// What the worker does, in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Connecting, claiming, checking.
+    Starting,
+    /// Publication, slot and tables are being made.
+    SettingUp,
+    /// The initial copy runs.
+    Copying,
+    /// Copied tables follow the stream up to its position.
+    CatchingUp,
+    /// All tables follow.
+    Streaming,
+    /// Stopped by `suspend`.
+    Suspended,
+    /// Between two tries after a failure that may pass.
+    Retrying,
+    /// Needs a human; looked at again at a slow pace.
+    Stopped,
+}
+
+/// What a worker reports.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Version of the contract.
+    pub contract: u32,
+    /// Version of the worker's program.
+    pub version: String,
+    /// Generation of the desired document in effect.
+    pub generation: i64,
+    /// The pod's name.
+    pub pod: String,
+    /// What it does.
+    pub phase: Phase,
+    /// Epoch it claimed; 0 before.
+    pub epoch: i64,
+    /// Slot.
+    pub slot: String,
+    /// Publication.
+    pub publication: String,
+    /// Last position received.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received: Option<String>,
+    /// Last position committed on the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied: Option<String>,
+    /// Last position that is on the target's disk and was confirmed to the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirmed: Option<String>,
+    /// Bytes of log between the source's end and what is applied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_bytes: Option<u64>,
+    /// Seconds since the commit time of the last transaction applied while something is waiting; 0 when level.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_seconds: Option<u64>,
+    /// Number of tables per state.
+    pub tables: BTreeMap<String, u32>,
+    /// Tables in state Error, by name, with the reason; at most 20.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub table_errors: BTreeMap<String, String>,
+    /// Rows copied so far.
+    pub rows_copied: u64,
+    /// Rows to copy, by statistics.
+    pub rows_to_copy: u64,
+    /// Rows streamed by this process.
+    pub rows_streamed: u64,
+    /// All tables have been copied.
+    pub snapshot_completed: bool,
+    /// Every table follows the stream.
+    pub streaming: bool,
+    /// `Replica` or `Ordered`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub apply_mode: Option<String>,
+    /// What is waited for, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
+    /// Last failure, until it has passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+}
+
+/// A failure.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// Retry, Stop, Fenced, Bug.
+    pub class: String,
+    /// CamelCase constant.
+    pub reason: String,
+    /// For people, without secrets, at most 1024 bytes.
+    pub message: String,
+    /// How often in a row.
+    pub count: u32,
+    /// Seconds until the next try.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_in_seconds: Option<u64>,
+}
