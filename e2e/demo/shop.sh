@@ -23,6 +23,9 @@ with_images() {
 # psql on either side, as superuser; arguments and input go to psql
 source_psql() { kubectl exec -i -n "${SHOP_NAMESPACE:-shop}" shop-db-0 -c postgres -- psql -qXAt -U postgres -d shop -v ON_ERROR_STOP=1 "$@"; }
 target_psql() { kubectl exec -i -n "${SHOP_NAMESPACE:-shop}" warehouse-db-0 -c postgres -- psql -qXAt -U postgres -d warehouse -v ON_ERROR_STOP=1 "$@"; }
+# one or more statements, as text
+source_sql() { source_psql -f - <<< "$1"; }
+target_sql() { target_psql -f - <<< "$1"; }
 
 start_databases() {   # in namespace SHOP_NAMESPACE
   local ns=${SHOP_NAMESPACE:-shop}
@@ -39,17 +42,17 @@ fill_shop() {   # CUSTOMERS
 
 start_writer() {
   local ns=${SHOP_NAMESPACE:-shop}
-  echo 'UPDATE writer_control SET stop = false' | source_psql
+  source_sql 'UPDATE writer_control SET stop = false'
   kubectl delete job writer -n "$ns" --ignore-not-found >/dev/null
   with_images "$DEMO/writer.yaml" | kubectl apply -n "$ns" -f - >/dev/null
-  wait_until 60 "the writers write" test_sql source_psql "SELECT max(id) > (SELECT count(*) FROM customers WHERE email LIKE 'customer%') FROM customers"
+  wait_until 60 "the writers write" is_true source_sql "SELECT max(id) > (SELECT count(*) FROM customers WHERE email LIKE 'customer%') FROM customers"
 }
 stop_writer() {
-  echo 'UPDATE writer_control SET stop = true' | source_psql
+  source_sql 'UPDATE writer_control SET stop = true'
   kubectl wait -n "${SHOP_NAMESPACE:-shop}" job/writer --for=condition=Complete --timeout=120s >/dev/null
 }
-# test_sql PSQL QUERY: does it answer true?
-test_sql() { [ "$(echo "$2" | "$1")" = t ]; }
+# is_true SQL_FUNCTION QUERY: does it answer true?
+is_true() { [ "$("$1" "$2")" = t ]; }
 
 # ---------------------------------------------------------------- the Mirror
 mirror_field() {   # NAME JSONPATH
@@ -69,10 +72,31 @@ applied_reached() { lsn_at_least "$(mirror_field "$1" .status.position.applied)"
 # wait_for_mirror NAME SECONDS: until everything that the source has committed by now is on the target
 wait_for_mirror() {
   local position
-  position=$(echo 'SELECT pg_current_wal_insert_lsn()' | source_psql)
+  position=$(source_sql 'SELECT pg_current_wal_insert_lsn()')
   # one more commit after that position, which changes no content: the stream has something to pass it with
-  echo 'UPDATE customers SET name = name WHERE id = (SELECT max(id) FROM customers)' | source_psql
+  source_sql 'UPDATE customers SET name = name WHERE id = (SELECT max(id) FROM customers)'
   wait_until "$2" "Mirror $1 applied everything up to $position" applied_reached "$1" "$position"
+}
+
+# The epoch counts the workers that took the stream over: a worker that came after another has a higher one.
+streams_in_epoch_after() { [ "$(mirror_field "$1" .status.worker.epoch)" -gt "$2" ] && [ "$(mirror_condition "$1" Streaming)" = True ]; }
+
+# kill_worker NAME: signal 9, no chance to tidy up. On our own node that is the process; elsewhere the pod, at once.
+kill_worker() {
+  local ns=${SHOP_NAMESPACE:-shop} pod uid process killed=
+  pod=$(worker_pod "$1")
+  [ -n "$pod" ] || return 1
+  if [ "${CLUSTER:-local}" != local ]; then
+    kubectl delete pod "$pod" -n "$ns" --grace-period=0 --force >/dev/null 2>&1
+    return
+  fi
+  uid=$(kubectl get pod "$pod" -n "$ns" -o 'jsonpath={.metadata.uid}')
+  for process in /proc/[0-9]*; do
+    if grep -qs "/pod$uid/" "$process/cgroup" && tr '\0' ' ' 2>/dev/null < "$process/cmdline" | grep -q 'sluice worker'; then
+      kill -KILL "${process#/proc/}" && killed=yes
+    fi
+  done
+  [ -n "$killed" ]
 }
 
 # ---------------------------------------------------------------- every row, both sides
@@ -93,18 +117,20 @@ rows_of() {
 }
 # compare_table TABLE: prints rows and digest; when the sides differ, the first differences, and fails
 compare_table() {
-  local table=$1 query dir rc=0
+  local table=$1 query dir rc=1
   dir=$(mktemp -d)
-  query=$(digest_query "$table")
-  rows_of source_psql "$query" > "$dir/source"
-  rows_of target_psql "$query" > "$dir/target"
-  if cmp -s "$dir/source" "$dir/target"; then
+  # each step is checked by hand: two sides that could not be read are not equal
+  if ! query=$(digest_query "$table") || ! rows_of source_psql "$query" > "$dir/source" || ! rows_of target_psql "$query" > "$dir/target"; then
+    echo "$table could not be read"
+  elif [ ! -s "$dir/source" ]; then
+    echo "$table is empty in the source: that proves nothing"
+  elif cmp -s "$dir/source" "$dir/target"; then
     printf '%-12s %9d rows  md5 %s\n' "$table" "$(wc -l < "$dir/source")" "$(md5sum < "$dir/source" | cut -d' ' -f1)"
+    rc=0
   else
     printf '%-12s DIFFERS: %d rows in the source, %d in the target; first differences (< source, > target):\n' \
       "$table" "$(wc -l < "$dir/source")" "$(wc -l < "$dir/target")"
-    diff "$dir/source" "$dir/target" | head -20
-    rc=1
+    diff "$dir/source" "$dir/target" | head -20 || true
   fi
   rm -rf "$dir"
   return $rc
