@@ -71,8 +71,6 @@ main() {
   [ $# -gt 0 ] || set -- lint rust chart e2e
   e2e/deps.sh
   PATH=$SLUICE_CACHE/bin:$(node_dir):$PATH              # our helm and kubectl first
-  # A fresh clone starts with the dependencies built. Incremental state would only grow there.
-  export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$SLUICE_CACHE/target} CARGO_INCREMENTAL=0
   for tier in "$@"; do
     case $tier in
       lint | rust | chart | e2e) say "== $tier"; "run_$tier";;
