@@ -146,30 +146,20 @@ impl Batch {
     /// Starts an image; cells follow by [`Self::push_cell`] and [`Self::end_image`] closes it.
     #[must_use]
     pub fn begin_image(&self) -> Image {
-        Image {
-            first: self.cells.len() as u32,
-            count: 0,
-        }
+        Image { first: self.cells.len() as u32, count: 0 }
     }
 
     /// Adds one cell; `bytes` are copied into the arena, once.
     pub fn push_cell(&mut self, kind: CellKind, bytes: &[u8]) {
         let offset = self.arena.len() as u32;
         self.arena.extend_from_slice(bytes);
-        self.cells.push(Cell {
-            kind,
-            offset,
-            length: bytes.len() as u32,
-        });
+        self.cells.push(Cell { kind, offset, length: bytes.len() as u32 });
     }
 
     /// Ends an image.
     #[must_use]
     pub fn end_image(&self, image: Image) -> Image {
-        Image {
-            first: image.first,
-            count: self.cells.len() as u32 - image.first,
-        }
+        Image { first: image.first, count: self.cells.len() as u32 - image.first }
     }
 
     /// Adds a change.
@@ -209,4 +199,16 @@ pub struct Part<P> {
     pub open_from: Option<P>,
     /// Everything up to here has been received, the part included; where the stream stands when nothing happens.
     pub received: P,
+}
+
+impl<P> Part<P> {
+    /// Where the checkpoint stands when the part is applied: the end of its last transaction, or what was received.
+    pub fn end(&self) -> &P {
+        self.boundaries.last().map_or(&self.received, |boundary| &boundary.end)
+    }
+
+    /// Nothing happened: only the position moved.
+    pub fn is_idle(&self) -> bool {
+        self.batch.is_empty() && self.boundaries.is_empty() && !self.open
+    }
 }
