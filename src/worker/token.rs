@@ -119,27 +119,39 @@ pub fn sign(key: &SigningKey, audience_uid: &str, body: &[u8]) -> Result<String,
     jsonwebtoken::encode(&Header::new(Algorithm::EdDSA), &claims, &key.encoding).map_err(|_| TokenError::Sign)
 }
 
-/// Whether a token was made by one of the desired document's keys for this worker, this body and this moment.
+/// A token that holds, for a body that is still to be read.
+#[derive(Debug)]
+pub struct Grant {
+    body: String,
+}
+
+impl Grant {
+    /// Whether the token was made for this body.
+    ///
+    /// # Errors
+    /// [`TokenError::Refused`].
+    pub fn check_body(&self, body: &[u8]) -> Result<(), TokenError> {
+        if self.body == digest(body) {
+            Ok(())
+        } else {
+            Err(TokenError::Refused("it was made for another body".to_owned()))
+        }
+    }
+}
+
+/// Whether a token was made by one of the desired document's keys, for this worker and this moment. The body is looked
+/// at afterwards, so that nobody without a key makes a worker read one.
 ///
 /// # Errors
-/// [`TokenError::Refused`] with the first rule that the token breaks.
-pub fn verify(desired: &Desired, token: &str, body: &[u8]) -> Result<(), TokenError> {
+/// [`TokenError::Refused`] with the rule that the token breaks.
+pub fn verify(desired: &Desired, token: &str) -> Result<Grant, TokenError> {
     let refused = |why: &str| Err(TokenError::Refused(why.to_owned()));
     let mut failure = TokenError::Refused("no public key is known".to_owned());
     for key in &desired.public_keys {
         match decode(key, &desired.mirror.uid, token) {
-            Ok(claims) => {
-                let latest = get_current_timestamp() + LEEWAY_SECONDS;
-                return if claims.iat > latest {
-                    refused("it was issued in the future")
-                } else if claims.exp > claims.iat.saturating_add(LIFETIME_SECONDS) {
-                    refused("it lives for too long")
-                } else if claims.body != digest(body) {
-                    refused("it was made for another body")
-                } else {
-                    Ok(())
-                };
-            }
+            Ok(claims) if claims.iat > get_current_timestamp() + LEEWAY_SECONDS => return refused("it was issued in the future"),
+            Ok(claims) if claims.exp > claims.iat.saturating_add(LIFETIME_SECONDS) => return refused("it lives for too long"),
+            Ok(claims) => return Ok(Grant { body: claims.body }),
             Err(error) => failure = error,
         }
     }
@@ -198,6 +210,10 @@ mod tests {
         }
     }
 
+    fn check(desired: &Desired, token: &str, body: &[u8]) -> Result<(), TokenError> {
+        verify(desired, token)?.check_body(body)
+    }
+
     fn encode(key: &SigningKey, claims: &Claims) -> String {
         jsonwebtoken::encode(&Header::new(Algorithm::EdDSA), claims, &key.encoding).unwrap()
     }
@@ -209,7 +225,7 @@ mod tests {
         assert_eq!(read.public_key_base64(), key.public_key_base64());
         assert_eq!(key.public_key_base64().len(), 44);
         let token = sign(&read, &desired(1).mirror.uid, b"x").unwrap();
-        verify(&desired_with(&[&key]), &token, b"x").unwrap();
+        check(&desired_with(&[&key]), &token, b"x").unwrap();
         assert!(SigningKey::from_pkcs8(b"nonsense").is_err());
         let private: String = key.to_pkcs8().iter().map(|byte| format!("{byte}, ")).collect();
         assert!(!format!("{key:?}").contains(&private));
@@ -224,14 +240,14 @@ mod tests {
         );
         let desired = desired_with(&[&old, &new]);
         for key in [&old, &new] {
-            verify(&desired, &sign(key, &desired.mirror.uid, b"").unwrap(), b"").unwrap();
+            check(&desired, &sign(key, &desired.mirror.uid, b"").unwrap(), b"").unwrap();
         }
-        assert!(verify(&desired, &sign(&other, &desired.mirror.uid, b"").unwrap(), b"").is_err());
+        assert!(check(&desired, &sign(&other, &desired.mirror.uid, b"").unwrap(), b"").is_err());
         let none = Desired {
             public_keys: Vec::new(),
             ..desired
         };
-        assert!(verify(&none, &sign(&old, &none.mirror.uid, b"").unwrap(), b"").is_err());
+        assert!(check(&none, &sign(&old, &none.mirror.uid, b"").unwrap(), b"").is_err());
     }
 
     #[test]
@@ -242,7 +258,7 @@ mod tests {
         let verdict = |change: &dyn Fn(&mut Claims)| {
             let mut claims = claims();
             change(&mut claims);
-            verify(&desired, &encode(&key, &claims), b"").map_err(|error| error.to_string())
+            check(&desired, &encode(&key, &claims), b"").map_err(|error| error.to_string())
         };
         verdict(&|_| {}).unwrap();
         verdict(&|claims| claims.iat = now + 20).unwrap();
@@ -261,14 +277,14 @@ mod tests {
         // The classic confusion: an HMAC keyed with the public key.
         let hmac = EncodingKey::from_secret(&key.public_key);
         let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims(), &hmac).unwrap();
-        verify(&desired, &token, b"").unwrap_err();
+        check(&desired, &token, b"").unwrap_err();
         let good = sign(&key, &desired.mirror.uid, b"").unwrap();
         let (_, rest) = good.split_once('.').unwrap();
         let payload = rest.split_once('.').unwrap().0;
         // {"alg":"none","typ":"JWT"}
-        verify(&desired, &format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{payload}."), b"").unwrap_err();
+        check(&desired, &format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{payload}."), b"").unwrap_err();
         for nonsense in ["", ".", "..", "a.b.c"] {
-            verify(&desired, nonsense, b"").unwrap_err();
+            check(&desired, nonsense, b"").unwrap_err();
         }
     }
 }
