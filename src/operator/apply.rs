@@ -46,7 +46,8 @@ pub async fn apply<K: Object + Serialize>(ctx: &Context, desired: &K) -> Result<
     let api = Api::<K>::namespaced(ctx.client.clone(), &namespace);
     let params = PatchParams::apply(MANAGER).force();
     let result = in_time::<K, _>("apply", &name, api.patch(&name, &params, &Patch::Apply(&body))).await;
-    ctx.metrics.applied(&K::kind(&()), if result.is_ok() { "applied" } else { "failed" });
+    ctx.metrics
+        .applied(&K::kind(&()), if result.is_ok() { "applied" } else { "failed" });
     result
 }
 
@@ -65,7 +66,9 @@ pub async fn apply_if_changed<K: Object + Serialize>(ctx: &Context, desired: &K,
 /// Whether `live` is what [`apply`] made of `desired`.
 pub fn is_applied<K: Serialize>(live: &ObjectMeta, desired: &K) -> bool {
     let wanted = to_json(desired).map(|body| hash(&body)).ok();
-    live.deletion_timestamp.is_none() && wanted.is_some() && live.annotations.as_ref().and_then(|all| all.get(APPLIED_HASH)) == wanted.as_ref()
+    live.deletion_timestamp.is_none()
+        && wanted.is_some()
+        && live.annotations.as_ref().and_then(|all| all.get(APPLIED_HASH)) == wanted.as_ref()
 }
 
 /// Reports `status` of `object`, by server-side apply to the subresource, only when it differs from what `object` has. Returns whether it
@@ -133,14 +136,22 @@ async fn edit_finalizers<K: Object>(ctx: &Context, object: &K, plan: impl Fn(&Ob
             Err(error) if matches!(error.class, ErrorClass::Invalid | ErrorClass::Conflict) => {
                 let fresh = in_time::<K, _>("get", &name, meta_api.get(&name)).await?.metadata;
                 if fresh.uid != object.meta().uid {
-                    return Err(OperatorError::new(ErrorClass::Missing, "NotFound", format!("{} {name} was replaced", K::kind(&()))));
+                    return Err(OperatorError::new(
+                        ErrorClass::Missing,
+                        "NotFound",
+                        format!("{} {name} was replaced", K::kind(&())),
+                    ));
                 }
                 meta = fresh;
             }
             Err(error) => return Err(error),
         }
     }
-    Err(OperatorError::new(ErrorClass::Conflict, "Conflict", format!("finalizers of {} {name} keep changing", K::kind(&()))))
+    Err(OperatorError::new(
+        ErrorClass::Conflict,
+        "Conflict",
+        format!("finalizers of {} {name} keep changing", K::kind(&())),
+    ))
 }
 
 /// The JSON patch that adds it; each rests on what was seen.
@@ -185,7 +196,10 @@ fn drop_finalizer(meta: &ObjectMeta, finalizer: &str) -> Option<Value> {
 pub async fn delete_if_exists<K: Object>(ctx: &Context, namespace: &str, name: &str, uid: Option<&str>) -> Result<bool> {
     let mut params = DeleteParams::background();
     if let Some(uid) = uid {
-        params = params.preconditions(Preconditions { uid: Some(uid.to_owned()), ..Preconditions::default() });
+        params = params.preconditions(Preconditions {
+            uid: Some(uid.to_owned()),
+            ..Preconditions::default()
+        });
     }
     let api = Api::<K>::namespaced(ctx.client.clone(), namespace);
     match in_time::<K, _>("delete", name, api.delete(name, &params)).await {
@@ -214,7 +228,11 @@ async fn in_time<K: Resource<DynamicType = ()>, T>(verb: &str, name: &str, call:
 fn place<K: Resource>(object: &K) -> Result<(String, String)> {
     match (object.namespace(), object.meta().name.clone()) {
         (Some(namespace), Some(name)) => Ok((namespace, name)),
-        _ => Err(OperatorError::new(ErrorClass::Bug, "InternalError", "an object without namespace or name")),
+        _ => Err(OperatorError::new(
+            ErrorClass::Bug,
+            "InternalError",
+            "an object without namespace or name",
+        )),
     }
 }
 
@@ -261,7 +279,12 @@ mod tests {
 
     #[test]
     fn nothing_is_added_to_what_is_being_deleted() {
-        let going = ObjectMeta { deletion_timestamp: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(k8s_openapi::jiff::Timestamp::now())), ..meta(&[]) };
+        let going = ObjectMeta {
+            deletion_timestamp: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
+                k8s_openapi::jiff::Timestamp::now(),
+            )),
+            ..meta(&[])
+        };
         assert_eq!(add_finalizer(&going, "x").expect_err("refused").reason, "BeingDeleted");
     }
 
@@ -276,13 +299,19 @@ mod tests {
 
     #[test]
     fn what_was_applied_is_recognised() {
-        let desired = ConfigMap { data: Some([("k".to_owned(), "v".to_owned())].into()), ..ConfigMap::default() };
+        let desired = ConfigMap {
+            data: Some([("k".to_owned(), "v".to_owned())].into()),
+            ..ConfigMap::default()
+        };
         let mut live = ObjectMeta::default();
         assert!(!is_applied(&live, &desired));
         let hash = hash(&to_json(&desired).expect("json"));
         live.annotations = Some([(APPLIED_HASH.to_owned(), hash)].into());
         assert!(is_applied(&live, &desired));
-        let changed = ConfigMap { data: Some([("k".to_owned(), "w".to_owned())].into()), ..desired };
+        let changed = ConfigMap {
+            data: Some([("k".to_owned(), "w".to_owned())].into()),
+            ..desired
+        };
         assert!(!is_applied(&live, &changed));
     }
 }

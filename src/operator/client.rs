@@ -10,7 +10,6 @@ use futures::future::BoxFuture;
 use futures::{Stream, StreamExt as _, stream};
 use kube::client::{Body, ClientBuilder};
 use kube::{Client, Config};
-use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -30,12 +29,20 @@ const LIST_DEADLINE: Duration = Duration::from_secs(60);
 /// When TLS or the credentials of `config` cannot be used.
 pub fn client(mut config: Config, metrics: &Metrics) -> kube::Result<Client> {
     config.connect_timeout = Some(CONNECT);
-    Ok(ClientBuilder::try_from(config)?.with_layer(&Deadlines { metrics: metrics.clone() }).build())
+    Ok(ClientBuilder::try_from(config)?
+        .with_layer(&Deadlines { metrics: metrics.clone() })
+        .build())
 }
 
 /// A client whose answers call `heard` for each head and each piece of a body: for one watch.
 pub fn listening(client: &Client, heard: Arc<dyn Fn() + Send + Sync>) -> Client {
-    ClientBuilder::new(client.clone(), client.default_namespace()).with_layer(&Listening { heard }).build()
+    Client::new(
+        Listening {
+            client: client.clone(),
+            heard,
+        },
+        client.default_namespace(),
+    )
 }
 
 /// Bounds and counts requests.
@@ -51,7 +58,10 @@ struct WithDeadline<S> {
 impl<S> Layer<S> for Deadlines {
     type Service = WithDeadline<S>;
     fn layer(&self, inner: S) -> Self::Service {
-        WithDeadline { inner, metrics: self.metrics.clone() }
+        WithDeadline {
+            inner,
+            metrics: self.metrics.clone(),
+        }
     }
 }
 
@@ -94,14 +104,21 @@ where
             metrics.api_request(verb, &resource, answer.status().as_u16());
             let (head, body) = answer.into_parts();
             // A watch's body ends with the watch; kube bounds its silence itself.
-            let body = if watches { AnyBody::new(body) } else { AnyBody::from_stream(until(deadline, AnyBody::new(body).into_data_stream())) };
+            let body = if watches {
+                AnyBody::new(body)
+            } else {
+                AnyBody::from_stream(until(deadline, AnyBody::new(body).into_data_stream()))
+            };
             Ok(Response::from_parts(head, body))
         })
     }
 }
 
 /// The stream, or an error once `deadline` has passed.
-fn until<T, E: Into<BoxError>>(deadline: Instant, stream: impl Stream<Item = Result<T, E>> + Unpin) -> impl Stream<Item = Result<T, BoxError>> {
+fn until<T, E: Into<BoxError>>(
+    deadline: Instant,
+    stream: impl Stream<Item = Result<T, E>> + Unpin,
+) -> impl Stream<Item = Result<T, BoxError>> {
     stream::unfold(Some(stream), move |stream| async move {
         let mut stream = stream?;
         match timeout_at(deadline, stream.next()).await {
@@ -128,53 +145,35 @@ fn resource_of(path: &str) -> &str {
     }
 }
 
-/// Tells when a client hears from the server.
+/// A client that tells when it hears from the server.
 struct Listening {
+    client: Client,
     heard: Arc<dyn Fn() + Send + Sync>,
 }
 
-struct WithEar<S> {
-    inner: S,
-    heard: Arc<dyn Fn() + Send + Sync>,
-}
-
-impl<S> Layer<S> for Listening {
-    type Service = WithEar<S>;
-    fn layer(&self, inner: S) -> Self::Service {
-        WithEar { inner, heard: self.heard.clone() }
-    }
-}
-
-impl<S, B> Service<Request<Body>> for WithEar<S>
-where
-    S: Service<Request<Body>, Response = Response<B>>,
-    S::Future: Send + 'static,
-    S::Error: Into<BoxError>,
-    B: HttpBody<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
+impl Service<Request<Body>> for Listening {
     type Response = Response<AnyBody>;
     type Error = BoxError;
     type Future = BoxFuture<'static, Result<Self::Response, BoxError>>;
 
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.inner.poll_ready(context).map_err(Into::into)
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let heard = self.heard.clone();
-        let answer = self.inner.call(request);
+        let (client, heard) = (self.client.clone(), self.heard.clone());
         Box::pin(async move {
-            let answer = answer.await.map_err(Into::into)?;
+            let answer = client.send(request).await?;
             if !answer.status().is_success() {
                 return Ok(answer.map(AnyBody::new));
             }
             heard();
-            Ok(answer.map(|body| AnyBody::from_stream(AnyBody::new(body).into_data_stream().inspect(move |piece| {
+            let piece_heard = move |piece: &Result<Bytes, _>| {
                 if piece.is_ok() {
                     heard();
                 }
-            }))))
+            };
+            Ok(answer.map(|body| AnyBody::from_stream(AnyBody::new(body).into_data_stream().inspect(piece_heard))))
         })
     }
 }

@@ -28,12 +28,17 @@ enum Part<K: Resource<DynamicType = ()> + Clone + 'static> {
 impl<K: Resource<DynamicType = ()> + Clone + 'static> Join<K> {
     /// Joins `count` watches.
     pub fn new(count: usize) -> Self {
-        Self { parts: (0..count).map(|_| Part::Listing(Vec::new())).collect(), begun: false }
+        Self {
+            parts: (0..count).map(|_| Part::Listing(Vec::new())).collect(),
+            begun: false,
+        }
     }
 
     /// What the cache is to see after an event of watch `number`. `known` reads the cache's objects of that watch.
     pub fn take(&mut self, number: usize, event: Event<K>, known: impl FnOnce() -> Vec<Arc<K>>) -> Vec<Event<K>> {
-        let Some(part) = self.parts.get_mut(number) else { return Vec::new() };
+        let Some(part) = self.parts.get_mut(number) else {
+            return Vec::new();
+        };
         match part {
             Part::Listing(objects) => match event {
                 Event::Init => objects.clear(),
@@ -69,7 +74,11 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Join<K> {
     }
 }
 
-fn follow<K: Resource<DynamicType = ()> + Clone>(seen: &mut Option<HashSet<ObjectRef<K>>>, event: Event<K>, known: impl FnOnce() -> Vec<Arc<K>>) -> Vec<Event<K>> {
+fn follow<K: Resource<DynamicType = ()> + Clone>(
+    seen: &mut Option<HashSet<ObjectRef<K>>>,
+    event: Event<K>,
+    known: impl FnOnce() -> Vec<Arc<K>>,
+) -> Vec<Event<K>> {
     match event {
         Event::Init => {
             *seen = Some(HashSet::new());
@@ -100,7 +109,14 @@ mod tests {
     use kube::runtime::watcher::Event::{self, Apply, Delete, Init, InitApply, InitDone};
 
     fn object(namespace: &str, name: &str) -> ConfigMap {
-        ConfigMap { metadata: ObjectMeta { namespace: Some(namespace.into()), name: Some(name.into()), ..ObjectMeta::default() }, ..ConfigMap::default() }
+        ConfigMap {
+            metadata: ObjectMeta {
+                namespace: Some(namespace.into()),
+                name: Some(name.into()),
+                ..ObjectMeta::default()
+            },
+            ..ConfigMap::default()
+        }
     }
 
     struct World {
@@ -110,13 +126,22 @@ mod tests {
 
     impl World {
         fn new() -> Self {
-            Self { join: Join::new(2), writer: Writer::default() }
+            Self {
+                join: Join::new(2),
+                writer: Writer::default(),
+            }
         }
 
         /// Feeds watch `a` (0) or `b` (1).
         fn feed(&mut self, namespace: &str, event: Event<ConfigMap>) {
             let store = self.writer.as_reader();
-            let known = || store.state().into_iter().filter(|object| object.namespace().as_deref() == Some(namespace)).collect();
+            let known = || {
+                store
+                    .state()
+                    .into_iter()
+                    .filter(|object| object.namespace().as_deref() == Some(namespace))
+                    .collect()
+            };
             for event in self.join.take(usize::from(namespace == "b"), event, known) {
                 self.writer.apply_watcher_event(&event);
             }

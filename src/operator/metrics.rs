@@ -72,7 +72,6 @@ pub struct Metrics {
     registry: Arc<Registry>,
     reconciles: Family<Reconciled, Counter>,
     reconcile_seconds: Family<Controller, Histogram, InSeconds>,
-    queue_wait_seconds: Family<Controller, Histogram, InSeconds>,
     inflight: Family<Controller, Gauge>,
     watch_errors: Family<Kind, Counter>,
     watch_last_event: Family<Kind, Gauge<f64, AtomicU64>>,
@@ -103,7 +102,6 @@ impl Metrics {
             registry: Arc::default(),
             reconciles: Family::default(),
             reconcile_seconds: Family::new_with_constructor(InSeconds),
-            queue_wait_seconds: Family::new_with_constructor(InSeconds),
             inflight: Family::default(),
             watch_errors: Family::default(),
             watch_last_event: Family::default(),
@@ -127,23 +125,50 @@ impl Metrics {
     fn register(&self, release: &str) -> Registry {
         let mut all = Registry::with_prefix("sluice_operator");
         all.register("reconcile", "Reconciles by outcome and class of error", self.reconciles.clone());
-        all.register("reconcile_duration_seconds", "Time a reconcile took", self.reconcile_seconds.clone());
-        all.register("queue_wait_seconds", "Time a reconcile waited for a free place", self.queue_wait_seconds.clone());
+        all.register(
+            "reconcile_duration_seconds",
+            "Time a reconcile took",
+            self.reconcile_seconds.clone(),
+        );
         all.register("inflight", "Reconciles that run now", self.inflight.clone());
         all.register("watch_errors", "Failures of watches", self.watch_errors.clone());
-        all.register("watch_last_event_timestamp_seconds", "When a watch last heard from the API server", self.watch_last_event.clone());
-        all.register("undecodable_objects", "Objects of a watch that could not be decoded and were left out", self.undecodable.clone());
-        all.register("api_requests", "Requests to the API server; code 0: no answer", self.api_requests.clone());
+        all.register(
+            "watch_last_event_timestamp_seconds",
+            "When a watch last heard from the API server",
+            self.watch_last_event.clone(),
+        );
+        all.register(
+            "undecodable_objects",
+            "Objects of a watch that could not be decoded and were left out",
+            self.undecodable.clone(),
+        );
+        all.register(
+            "api_requests",
+            "Requests to the API server; code 0: no answer",
+            self.api_requests.clone(),
+        );
         all.register("status_writes", "Writes of a status", self.status_writes.clone());
         all.register("apply", "Server-side applies of children by result", self.applies.clone());
         all.register("events", "Events by result", self.events.clone());
         all.register("leader", "1 while this process holds the lease", self.leader.clone());
-        all.register("lease_renew_failures", "Attempts to renew the lease that failed", self.lease_failures.clone());
+        all.register(
+            "lease_renew_failures",
+            "Attempts to renew the lease that failed",
+            self.lease_failures.clone(),
+        );
         all.register("poll", "Polls of workers by result", self.polls.clone());
         all.register("poll_duration_seconds", "Time a poll of a worker took", self.poll_seconds.clone());
-        all.register("workers", "Workers by phase; Unreachable: the last poll failed", self.workers.clone());
+        all.register(
+            "workers",
+            "Workers by phase; Unreachable: the last poll failed",
+            self.workers.clone(),
+        );
         all.register("resources", "Resources by readiness", self.resources.clone());
-        all.register("orphaned_slots", "Replication slots that deleted Mirrors left on their sources", self.orphaned_slots.clone());
+        all.register(
+            "orphaned_slots",
+            "Replication slots that deleted Mirrors left on their sources",
+            self.orphaned_slots.clone(),
+        );
         all.register("build", "The operator's release", Info::new([("release", release.to_owned())]));
         all
     }
@@ -158,16 +183,23 @@ impl Metrics {
         Ok(body)
     }
 
-    /// One reconcile has begun; it waited for `waited`.
-    pub fn reconcile_started(&self, controller: &'static str, waited: Duration) {
-        self.queue_wait_seconds.get_or_create(&Controller { controller }).observe(waited.as_secs_f64());
+    /// One reconcile has begun.
+    pub fn reconcile_started(&self, controller: &'static str) {
         self.inflight.get_or_create(&Controller { controller }).inc();
     }
 
     /// One reconcile has ended. `outcome` is `success`, `failure`, `timeout` or `panic`; `class` is empty on success.
     pub fn reconcile_ended(&self, controller: &'static str, outcome: &'static str, class: &'static str, took: Duration) {
-        self.reconciles.get_or_create(&Reconciled { controller, outcome, class }).inc();
-        self.reconcile_seconds.get_or_create(&Controller { controller }).observe(took.as_secs_f64());
+        self.reconciles
+            .get_or_create(&Reconciled {
+                controller,
+                outcome,
+                class,
+            })
+            .inc();
+        self.reconcile_seconds
+            .get_or_create(&Controller { controller })
+            .observe(took.as_secs_f64());
         self.inflight.get_or_create(&Controller { controller }).dec();
     }
 
@@ -179,7 +211,9 @@ impl Metrics {
     /// A watch of `kind` heard from the API server now.
     pub fn watch_heard(&self, kind: &str) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.watch_last_event.get_or_create(&Kind { kind: kind.into() }).set(now.as_secs_f64());
+        self.watch_last_event
+            .get_or_create(&Kind { kind: kind.into() })
+            .set(now.as_secs_f64());
     }
 
     /// An object of `kind` could not be decoded.
@@ -189,7 +223,13 @@ impl Metrics {
 
     /// A request to the API server ended; `code` 0 when there was no answer.
     pub fn api_request(&self, verb: &'static str, resource: &str, code: u16) {
-        self.api_requests.get_or_create(&ApiRequest { verb, resource: resource.into(), code }).inc();
+        self.api_requests
+            .get_or_create(&ApiRequest {
+                verb,
+                resource: resource.into(),
+                code,
+            })
+            .inc();
     }
 
     /// A status of `kind` was written.
@@ -234,7 +274,9 @@ impl Metrics {
     /// Number of resources of `kind` that are ready, and that are not.
     pub fn set_resources(&self, kind: &'static str, ready: usize, not_ready: usize) {
         self.resources.get_or_create(&KindReady { kind, ready: "true" }).set(gauge(ready));
-        self.resources.get_or_create(&KindReady { kind, ready: "false" }).set(gauge(not_ready));
+        self.resources
+            .get_or_create(&KindReady { kind, ready: "false" })
+            .set(gauge(not_ready));
     }
 
     /// A slot was left behind on a source.
@@ -255,7 +297,7 @@ mod tests {
     #[test]
     fn names_are_those_of_the_book() {
         let metrics = Metrics::new("1.2.3");
-        metrics.reconcile_started("mirror", Duration::ZERO);
+        metrics.reconcile_started("mirror");
         metrics.reconcile_ended("mirror", "failure", "transient", Duration::from_millis(7));
         metrics.watch_failed("Pod");
         metrics.watch_heard("Pod");

@@ -32,8 +32,14 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 const TIMEOUT: Duration = Duration::from_secs(290);
 
 /// A namespaced kind that can be watched.
-pub trait Watchable: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static {}
-impl<K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static> Watchable for K {}
+pub trait Watchable:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
+{
+}
+impl<K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static> Watchable
+    for K
+{
+}
 
 /// Makes watches over the served namespaces. Cheap to clone.
 #[derive(Clone)]
@@ -57,7 +63,14 @@ pub struct Watched<K: Watchable> {
 impl Watches {
     /// `scopes` as [`super::options::Options::scopes`].
     pub fn new(client: Client, metrics: Metrics, health: Health, scopes: Vec<Option<String>>) -> Self {
-        Self { client, metrics, health, scopes, timeout: TIMEOUT, grace: GRACE }
+        Self {
+            client,
+            metrics,
+            health,
+            scopes,
+            timeout: TIMEOUT,
+            grace: GRACE,
+        }
     }
 
     /// Other times than the defaults: how long the server keeps a watch open (whole seconds), and what silence beyond that is allowed.
@@ -71,7 +84,12 @@ impl Watches {
     /// Watches `K` in the served namespaces. `config` chooses labels and fields; its timeout is replaced.
     pub fn watch<K: Watchable>(&self, config: watcher::Config) -> Watched<K> {
         let (store, writer) = reflector::store();
-        let changes = self.events::<K>(&config, store.clone()).map(Ok).reflect(writer).touched_objects().boxed();
+        let changes = self
+            .events::<K>(&config, store.clone())
+            .map(Ok)
+            .reflect(writer)
+            .touched_objects()
+            .boxed();
         Watched { store, changes }
     }
 
@@ -85,11 +103,20 @@ impl Watches {
         // One cache can be filled by one watch only: its Init and InitDone concern everything in it.
         let mut join = Join::new(streams.len());
         let namespaces: Vec<_> = self.scopes.iter().cloned().map(Option::unwrap_or_default).collect();
-        let numbered = streams.into_iter().enumerate().map(|(number, stream)| stream.map(move |event| (number, event)).boxed());
+        let numbered = streams
+            .into_iter()
+            .enumerate()
+            .map(|(number, stream)| stream.map(move |event| (number, event)).boxed());
         select_all(numbered)
             .flat_map(move |(number, event)| {
                 let namespace = &namespaces[number];
-                let known = || store.state().into_iter().filter(|object| object.namespace().as_deref() == Some(namespace)).collect();
+                let known = || {
+                    store
+                        .state()
+                        .into_iter()
+                        .filter(|object| object.namespace().as_deref() == Some(namespace))
+                        .collect()
+                };
                 futures::stream::iter(join.take(number, event, known))
             })
             .boxed()
@@ -107,11 +134,15 @@ impl Watches {
             })
         };
         let client = listening(&self.client, heard);
-        let api: Api<DeserializeGuard<K>> = namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace));
+        let api: Api<DeserializeGuard<K>> =
+            namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace));
         let seconds = u32::try_from(self.timeout.as_secs()).unwrap_or(u32::MAX).max(1);
         let config = config.clone().any_semantic().timeout(seconds);
         let metrics = self.metrics.clone();
-        watcher::watcher(api, config).default_backoff().filter_map(move |event| std::future::ready(checked(event, &kind, &metrics, &watch))).boxed()
+        watcher::watcher(api, config)
+            .default_backoff()
+            .filter_map(move |event| std::future::ready(checked(event, &kind, &metrics, &watch)))
+            .boxed()
     }
 }
 
@@ -129,8 +160,17 @@ fn checked<K: Watchable>(
         }
         Err(invalid) => {
             metrics.object_undecodable(kind);
-            let (namespace, name) = (invalid.metadata.namespace.unwrap_or_default(), invalid.metadata.name.unwrap_or_default());
-            error!(kind, namespace, name, error = invalid.error, "an object cannot be decoded and is left out");
+            let (namespace, name) = (
+                invalid.metadata.namespace.unwrap_or_default(),
+                invalid.metadata.name.unwrap_or_default(),
+            );
+            error!(
+                kind,
+                namespace,
+                name,
+                error = invalid.error,
+                "an object cannot be decoded and is left out"
+            );
             None
         }
     };
@@ -254,7 +294,10 @@ pub struct Why {
 impl SlimPod {
     /// Whether the condition `Ready` is True.
     pub fn is_ready(&self) -> bool {
-        self.status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        self.status
+            .conditions
+            .iter()
+            .any(|condition| condition.type_ == "Ready" && condition.status == "True")
     }
 }
 
@@ -290,7 +333,8 @@ pub struct SlimDeploymentStatus {
 impl<K: Watchable> Watched<K> {
     /// The changes that `predicate` lets through.
     pub fn only(self, predicate: impl Predicate<K> + Send + 'static) -> impl Stream<Item = watcher::Result<K>> + Send + 'static {
-        self.changes.predicate_filter(predicate, kube::runtime::utils::PredicateConfig::default())
+        self.changes
+            .predicate_filter(predicate, kube::runtime::utils::PredicateConfig::default())
     }
 }
 
@@ -312,8 +356,15 @@ mod tests {
         assert!(pod.is_ready());
         assert_eq!(pod.status.pod_ip.as_deref(), Some("10.0.0.7"));
         let container = &pod.status.container_statuses[0];
-        assert_eq!((container.restart_count, container.last_state.terminated.as_ref().and_then(|why| why.exit_code)), (3, Some(137)));
-        let deployment: SlimDeployment = serde_json::from_value(json!({"metadata": {"name": "d"}, "spec": {"replicas": 1}})).expect("a deployment");
+        assert_eq!(
+            (
+                container.restart_count,
+                container.last_state.terminated.as_ref().and_then(|why| why.exit_code)
+            ),
+            (3, Some(137))
+        );
+        let deployment: SlimDeployment =
+            serde_json::from_value(json!({"metadata": {"name": "d"}, "spec": {"replicas": 1}})).expect("a deployment");
         assert!(deployment.status.conditions.is_empty());
         assert_eq!(SlimPod::url_path(&(), Some("n")), "/api/v1/namespaces/n/pods");
     }
@@ -333,7 +384,14 @@ mod tests {
     #[test]
     fn pausing_and_deleting_are_changes_and_status_is_none() {
         let predicate = beyond_status::<SlimPod>();
-        let base = SlimPod { metadata: ObjectMeta { generation: Some(1), resource_version: Some("1".into()), ..ObjectMeta::default() }, ..SlimPod::default() };
+        let base = SlimPod {
+            metadata: ObjectMeta {
+                generation: Some(1),
+                resource_version: Some("1".into()),
+                ..ObjectMeta::default()
+            },
+            ..SlimPod::default()
+        };
         let with = |change: fn(&mut ObjectMeta)| {
             let mut other = base.clone();
             change(&mut other.metadata);
@@ -342,8 +400,18 @@ mod tests {
         let before = predicate.hash_property(&base);
         assert_eq!(before, with(|meta| meta.resource_version = Some("2".into())));
         assert_ne!(before, with(|meta| meta.generation = Some(2)));
-        assert_ne!(before, with(|meta| meta.annotations = Some([("a".to_owned(), "b".to_owned())].into())));
+        assert_ne!(
+            before,
+            with(|meta| meta.annotations = Some([("a".to_owned(), "b".to_owned())].into()))
+        );
         assert_ne!(before, with(|meta| meta.finalizers = Some(vec!["f".into()])));
-        assert_ne!(before, with(|meta| meta.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(k8s_openapi::jiff::Timestamp::now()))));
+        assert_ne!(
+            before,
+            with(
+                |meta| meta.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
+                    k8s_openapi::jiff::Timestamp::now()
+                ))
+            )
+        );
     }
 }
