@@ -34,10 +34,14 @@ pub fn delay(class: ErrorClass, failures: u32, random: f64) -> Duration {
     }
 }
 
+/// A controller and the uid of one of its objects.
+type Key = (&'static str, String);
+
 /// Failures in a row, per controller and object.
 #[derive(Debug, Default)]
 pub struct Backoff {
-    failures: Mutex<HashMap<(&'static str, String), (u32, Instant)>>,
+    /// How many, and when the last of them was.
+    failures: Mutex<HashMap<Key, (u32, Instant)>>,
 }
 
 impl Backoff {

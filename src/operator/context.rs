@@ -58,7 +58,7 @@ impl Context {
     }
 
     /// Watches `K` in the served namespaces, see [`Watches::watch`].
-    pub fn watch<K: Watchable>(&self, config: watcher::Config) -> Watched<K> {
+    pub fn watch<K: Watchable>(&self, config: &watcher::Config) -> Watched<K> {
         self.watches.watch(config)
     }
 }

@@ -9,9 +9,9 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 
@@ -30,7 +30,20 @@ struct Inner {
     begin: Instant,
     beat: AtomicU64,
     watches: Mutex<Vec<Weak<Watch>>>,
-    waiting: Mutex<BTreeSet<&'static str>>,
+    waiting: Mutex<BTreeMap<u64, String>>,
+    numbers: AtomicU64,
+}
+
+/// Keeps `/readyz` from saying yes while it lives.
+pub struct Waiting {
+    health: Health,
+    number: u64,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.health.waiting().remove(&self.number);
+    }
 }
 
 /// Freshness of one watch; gone from the probe when dropped.
@@ -62,6 +75,7 @@ impl Default for Health {
                 beat: AtomicU64::new(0),
                 watches: Mutex::default(),
                 waiting: Mutex::default(),
+                numbers: AtomicU64::new(0),
             }),
         }
     }
@@ -92,14 +106,18 @@ impl Health {
         watch
     }
 
-    /// Not ready until [`Self::done`] with the same text.
-    pub fn wait_for(&self, what: &'static str) {
-        self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(what);
+    /// Not ready until the guard is dropped.
+    pub fn wait_for(&self, what: impl Into<String>) -> Waiting {
+        let number = self.inner.numbers.fetch_add(1, Ordering::Relaxed);
+        self.waiting().insert(number, what.into());
+        Waiting {
+            health: self.clone(),
+            number,
+        }
     }
 
-    /// No longer waited for.
-    pub fn done(&self, what: &'static str) {
-        self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(what);
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
+        self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What speaks against being alive.
@@ -133,13 +151,7 @@ impl Health {
 
     /// What is waited for before being ready.
     pub fn not_ready(&self) -> Vec<String> {
-        self.inner
-            .waiting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .map(|what| format!("waiting for {what}"))
-            .collect()
+        self.waiting().values().map(|what| format!("waiting for {what}")).collect()
     }
 }
 
@@ -197,9 +209,9 @@ mod tests {
     fn readiness_names_what_is_waited_for() {
         let health = Health::default();
         assert!(health.not_ready().is_empty());
-        health.wait_for("CRDs");
-        health.wait_for("caches");
-        health.done("CRDs");
+        let definitions = health.wait_for("CRDs");
+        let _caches = health.wait_for("caches");
+        drop(definitions);
         assert_eq!(health.not_ready(), ["waiting for caches"]);
     }
 

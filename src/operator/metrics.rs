@@ -87,6 +87,7 @@ pub struct Metrics {
     workers: Family<Phase, Gauge>,
     resources: Family<KindReady, Gauge>,
     orphaned_slots: Gauge,
+    missing_permissions: Gauge,
 }
 
 impl Default for Metrics {
@@ -117,6 +118,7 @@ impl Metrics {
             workers: Family::default(),
             resources: Family::default(),
             orphaned_slots: Gauge::default(),
+            missing_permissions: Gauge::default(),
         };
         metrics.registry = Arc::new(metrics.register(release));
         metrics
@@ -168,6 +170,11 @@ impl Metrics {
             "orphaned_slots",
             "Replication slots that deleted Mirrors left on their sources",
             self.orphaned_slots.clone(),
+        );
+        all.register(
+            "missing_permissions",
+            "Rules that the operator's role lacks; the log names them",
+            self.missing_permissions.clone(),
         );
         all.register("build", "The operator's release", Info::new([("release", release.to_owned())]));
         all
@@ -277,6 +284,11 @@ impl Metrics {
         self.resources
             .get_or_create(&KindReady { kind, ready: "false" })
             .set(gauge(not_ready));
+    }
+
+    /// Number of rules that the operator's role lacks.
+    pub fn set_missing_permissions(&self, count: usize) {
+        self.missing_permissions.set(gauge(count));
     }
 
     /// A slot was left behind on a source.

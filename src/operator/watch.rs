@@ -82,7 +82,7 @@ impl Watches {
     }
 
     /// Watches `K` in the served namespaces. `config` chooses labels and fields; its timeout is replaced.
-    pub fn watch<K: Watchable>(&self, config: watcher::Config) -> Watched<K> {
+    pub fn watch<K: Watchable>(&self, config: &watcher::Config) -> Watched<K> {
         let (store, writer) = reflector::store();
         let changes = self
             .events::<K>(&config, store.clone())
