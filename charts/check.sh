@@ -49,5 +49,8 @@ refuse "a namespace that is no name" --set 'watchNamespaces={*}'
 refuse "a ServiceAccount of no name" --set serviceAccount.create=false
 
 python3 check.py "$work"
-if [ -d ../crds ]; then diff -r --exclude=.gitkeep ../crds sluice/crd-files || { echo "crds/ and charts/sluice/crd-files/ differ: run sluice crds" >&2; exit 1; }; fi
+if [ -d ../crds ]; then diff -r --exclude=.gitkeep ../crds sluice/crd-files || { echo "crds/ and charts/sluice/crd-files/ differ: run make crds" >&2; exit 1; }; fi
 echo "chart: ok"
+
+# The kustomize bases are rendered from the chart; they may not lag behind it.
+HELM="$helm" ../config/check.sh

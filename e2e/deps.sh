@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # deps.sh [WHAT...] - install by name what building, testing and the demo need on Debian 12. WHAT is any of
 #   packages postgres node tools        (all of them by default)
+#   mdbook cargo-deny                   (minutes of building: only on demand)
+# deps.sh where PROGRAM prints the path of one.
 # Rust, Go and a C compiler are expected to be there. What is there already is left alone; each part is made in a
 # temporary folder and renamed when it is whole, so the script can be interrupted and repeated at any time.
 set -euo pipefail
@@ -10,7 +12,8 @@ umask 022
 
 POSTGRES_VERSIONS=(14.24.0 15.19.0 17.11.0)
 HELM_VERSION=v3.22.0
-KUBECONFORM_VERSION=v0.7.0
+MDBOOK_VERSION=0.5.4
+CARGO_DENY_VERSION=0.20.2
 
 # ---------------------------------------------------------------- Debian packages
 # PROOF:PACKAGE. The proof is a command or a file: a containerd that came with Docker is as good, and Debian's would
@@ -19,12 +22,18 @@ PACKAGES=(
   containerd:containerd runc:runc /usr/lib/cni/bridge:containernetworking-plugins
   iptables:iptables conntrack:conntrack ip:iproute2                      # the one-node cluster
   gcc:gcc /usr/include/stdio.h:libc6-dev make:make                       # the sandbox image; crates that compile C
-  python3:python3 openssl:openssl curl:curl jq:jq
+  python3:python3 python-yaml:python3-yaml shellcheck:shellcheck openssl:openssl curl:curl jq:jq
   mvn:maven unzip:unzip xz:xz-utils                                      # PostgreSQL servers come as Maven artefacts
   psql:postgresql-client-15 /usr/lib/postgresql/15/bin/psql:postgresql-client-15
   /etc/ssl/certs/ca-certificates.crt:ca-certificates
 )
-is_there() { case $1 in /*) [ -e "$1" ];; *) command -v "$1" >/dev/null;; esac; }
+is_there() {
+  case $1 in
+    /*) [ -e "$1" ];;
+    python-yaml) python3 -c 'import yaml' 2>/dev/null;;
+    *) command -v "$1" >/dev/null;;
+  esac
+}
 install_packages() {
   local entry missing=()
   for entry in "${PACKAGES[@]}"; do is_there "${entry%%:*}" || missing+=("${entry#*:}"); done
@@ -79,7 +88,6 @@ install_node() {
 }
 install_tools() {
   go_tool helm "$HELM_VERSION" helm.sh/helm/v3/cmd/helm
-  go_tool kubeconform "$KUBECONFORM_VERSION" github.com/yannh/kubeconform/cmd/kubeconform
 }
 go_tool() {
   local name=$1 version=$2 package=$3 new
@@ -88,6 +96,20 @@ go_tool() {
   step "$name $version" env "GOBIN=$new" CGO_ENABLED=0 go install -trimpath -ldflags '-s -w' "$package@$version"
   mkdir -p "$SLUICE_CACHE/bin"
   mv "$new/$name" "$SLUICE_CACHE/bin/$name-$version"
+  ln -sfn "$name-$version" "$SLUICE_CACHE/bin/$name"
+  rm -rf "$new"
+}
+
+# ---------------------------------------------------------------- programs built from crates
+install_mdbook() { cargo_tool mdbook "$MDBOOK_VERSION"; }
+install_cargo-deny() { cargo_tool cargo-deny "$CARGO_DENY_VERSION"; }
+cargo_tool() {
+  local name=$1 version=$2 new
+  [ ! -x "$SLUICE_CACHE/bin/$name-$version" ] || return 0
+  new=$(mktemp -d "$SLUICE_CACHE/tmp.XXXXXX")
+  step "$name $version" cargo install --quiet --locked --root "$new" "$name@$version"
+  mkdir -p "$SLUICE_CACHE/bin"
+  mv "$new/bin/$name" "$SLUICE_CACHE/bin/$name-$version"
   ln -sfn "$name-$version" "$SLUICE_CACHE/bin/$name"
   rm -rf "$new"
 }
@@ -101,6 +123,7 @@ put_in_place() {
 
 main() {
   local part
+  if [ "${1:-}" = where ]; then echo "$SLUICE_CACHE/bin/${2:?program}"; return; fi
   mkdir -p "$SLUICE_CACHE"
   exec 9>"$SLUICE_CACHE/deps.lock"
   flock -n 9 || { say "waiting for another deps.sh"; flock 9; }
@@ -108,8 +131,8 @@ main() {
   [ $# -gt 0 ] || set -- packages postgres node tools
   for part in "$@"; do
     case $part in
-      packages | postgres | node | tools) "install_$part" 9>&-;;
-      *) die "unknown part '$part': packages, postgres, node, tools";;
+      packages | postgres | node | tools | mdbook | cargo-deny) "install_$part" 9>&-;;
+      *) die "unknown part '$part': packages, postgres, node, tools, mdbook, cargo-deny";;
     esac
   done
   say "all there after $SECONDS s (cache: $SLUICE_CACHE)"

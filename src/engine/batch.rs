@@ -210,3 +210,15 @@ pub struct Part<P> {
     /// Everything up to here has been received, the part included; where the stream stands when nothing happens.
     pub received: P,
 }
+
+impl<P> Part<P> {
+    /// Where the checkpoint stands when the part is applied: the end of its last transaction, or what was received.
+    pub fn end(&self) -> &P {
+        self.boundaries.last().map_or(&self.received, |boundary| &boundary.end)
+    }
+
+    /// Nothing happened: only the position moved.
+    pub fn is_idle(&self) -> bool {
+        self.batch.is_empty() && self.boundaries.is_empty() && !self.open
+    }
+}

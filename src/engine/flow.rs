@@ -1,1 +1,389 @@
-//! flow
+//! One session of a mirror: claim, set up, copy, stream.
+//!
+//! A session ends with an error or because it is told to; whoever runs it begins another one. Nothing learned from the
+//! target in one session is used in the next: each begins with a claim and reads the checkpoint.
+
+use super::copy::{CopyJob, copy_tables};
+use super::error::{Class, Error, Result, reason};
+use super::handover::Handover;
+use super::progress::{Phase, Progress};
+use super::roles::{Apply, BatchLimits, Checkpoint, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
+use super::startup::{Facts, Start, check_mapping, decide};
+use super::stream::follow;
+use super::table::{MappedTable, QualifiedName, TableState};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// What a stream shall do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StreamConfig {
+    /// Which tables.
+    pub selection: Selection,
+    /// Whose stream this is.
+    pub owner: Owner,
+    /// Replication slot.
+    pub slot: String,
+    /// Initial copy.
+    pub snapshot: SnapshotConfig,
+    /// Limits of one batch.
+    pub limits: BatchLimits,
+}
+
+/// How tables are copied.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotConfig {
+    /// Existing rows are copied.
+    pub enabled: bool,
+    /// A target table that holds rows is emptied before its first copy.
+    pub truncate: bool,
+    /// Without a copy: where the target stands.
+    pub start_position: Option<String>,
+    /// Rows of one range.
+    pub rows_per_range: u64,
+    /// Tables at a time.
+    pub tables_in_parallel: usize,
+    /// Ranges of one table at a time.
+    pub workers_per_table: usize,
+}
+
+/// How a session is told to end.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// Commit what is under way, then end.
+    pub finish: CancellationToken,
+    /// Cancel what is running, roll back, end.
+    pub now: CancellationToken,
+}
+
+/// Runs one session. `held` is the epoch of this process's last claim and is set by each new one.
+///
+/// # Errors
+/// Whatever ends the session; its class says what to do. `Ok` when it was told to end.
+pub async fn run<S, T>(
+    source: Arc<S>,
+    target: Arc<T>,
+    config: &StreamConfig,
+    progress: &Progress,
+    stop: &Stop,
+    held: &mut Option<i64>,
+) -> Result<()>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    progress.begin_session();
+    let set_up = set_up(&source, &target, config, progress, held);
+    let ready = tokio::select! {
+        biased;
+        () = stop.now.cancelled() => return Ok(()),
+        () = stop.finish.cancelled() => return Ok(()),
+        ready = set_up => ready?,
+    };
+    follow(&*source, ready, config.limits, progress, stop).await
+}
+
+/// A claimed stream whose tables are all copied.
+pub(super) struct ReadyStream<S: Source, A> {
+    pub tables: Vec<MappedTable>,
+    pub handover: Handover<S::Position>,
+    pub applier: A,
+}
+
+async fn set_up<S, T>(
+    source: &Arc<S>,
+    target: &Arc<T>,
+    config: &StreamConfig,
+    progress: &Progress,
+    held: &mut Option<i64>,
+) -> Result<ReadyStream<S, T::Applier>>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    check_mapping(&config.selection)?;
+    let identity = source.identity().await?;
+    let tables = source.tables(&config.selection).await?;
+    check_targets(&tables)?;
+    let key = StreamKey {
+        system_identifier: identity.system_identifier.clone(),
+        database: identity.database.clone(),
+        slot: config.slot.clone(),
+    };
+    let (claimed, mut applier) = target.claim(&key, &config.owner, *held).await?;
+    *held = Some(claimed.epoch);
+    progress.set_claim(claimed.epoch, applier.mode());
+    target.check(&identity, &tables).await?;
+
+    progress.set_phase(Phase::SettingUp);
+    let checkpoint = claimed.checkpoint.as_ref();
+    let start = begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
+    let mut job = CopyJob {
+        source,
+        target,
+        key: &key,
+        epoch: claimed.epoch,
+        config: &config.snapshot,
+        progress,
+    };
+    let handover = match start {
+        Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
+        Start::From(position) => {
+            source.publish(&tables).await?;
+            applier.initialize(&position, identity.timeline).await?;
+            for table in &tables {
+                applier.set_state(table, TableState::Ready, None).await?;
+            }
+            following(&position, tables.iter().map(|table| (table, None)))
+        }
+        Start::Resume { position, new_timeline } => {
+            if new_timeline {
+                applier.set_timeline(identity.timeline).await?;
+            }
+            // `begin` resumes only from a checkpoint.
+            let checkpoint = checkpoint.ok_or_else(|| Error::bug("a stream without checkpoint was resumed"))?;
+            resume(&mut job, &mut applier, &tables, checkpoint, position).await?
+        }
+    };
+    applier.prepare(&tables).await?;
+    Ok(ReadyStream { tables, handover, applier })
+}
+
+/// Two tables of a schema selection may meet in one target table.
+fn check_targets(tables: &[MappedTable]) -> Result<()> {
+    let mut targets = BTreeMap::new();
+    for table in tables {
+        if let Some(other) = targets.insert(&table.target, table.source()) {
+            return Err(Error::stop(
+                reason::DUPLICATE_TARGET,
+                format!("{other} and {} both go to {}", table.source(), table.target),
+            ));
+        }
+    }
+    Ok(())
+}
+
+async fn begin<S: Source>(
+    source: &S,
+    timeline: &i64,
+    config: &StreamConfig,
+    checkpoint: Option<&Checkpoint<S::Position>>,
+    log_intended: bool,
+) -> Result<Start<S::Position>> {
+    let log = source.log_state().await?;
+    let left_at = match checkpoint {
+        Some(checkpoint) if checkpoint.timeline != *timeline => source.left_timeline_at(checkpoint.timeline).await?,
+        _ => None,
+    };
+    let start_position = parse_start(config.snapshot.start_position.as_deref())?;
+    let facts = Facts {
+        checkpoint,
+        log_intended,
+        log: log.as_ref(),
+        timeline: *timeline,
+        left_at: left_at.as_ref(),
+        snapshot: config.snapshot.enabled,
+        start_position: start_position.as_ref(),
+    };
+    decide(&config.slot, &facts)
+}
+
+fn parse_start<P: std::str::FromStr>(text: Option<&str>) -> Result<Option<P>> {
+    let invalid = |text: &str| {
+        Error::stop(
+            reason::INVALID_SPEC,
+            format!("snapshot.startPosition {text} is not a position of this source"),
+        )
+    };
+    text.map(|text| text.parse().map_err(|_| invalid(text))).transpose()
+}
+
+fn following<'a, P: super::position::Position>(checkpoint: &P, tables: impl Iterator<Item = (&'a MappedTable, Option<P>)>) -> Handover<P> {
+    let mut handover = Handover::new(checkpoint.clone());
+    for (table, right_up_to) in tables {
+        handover.follow(table.version.id, table.source().clone(), right_up_to);
+    }
+    handover
+}
+
+async fn fresh<S, T>(
+    job: &mut CopyJob<'_, S, T>,
+    applier: &mut T::Applier,
+    tables: &[MappedTable],
+    timeline: i64,
+    drop_unfinished: bool,
+) -> Result<Handover<S::Position>>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    // In this order: a table must be published before the point that its copy is tied to (engine rule 1), and the
+    // intention must be durable before the slot exists.
+    job.source.publish(tables).await?;
+    applier.intend_log().await?;
+    if drop_unfinished {
+        job.source.drop_log().await?;
+    }
+    let snapshot = watched(job, job.source.create_log()).await?;
+    let position = snapshot.position().clone();
+    applier.initialize(&position, timeline).await?;
+    let all: Vec<&MappedTable> = tables.iter().collect();
+    job.progress
+        .set_tables(tables.iter().map(|table| (table.source().clone(), TableState::Init)).collect());
+    copy_tables(job, applier, snapshot, &all, 0).await?;
+    let mut handover = following(&position, tables.iter().map(|table| (table, Some(position.clone()))));
+    join(applier, tables, &mut handover, position).await?;
+    Ok(handover)
+}
+
+/// Tables whose copy is tied to the checkpoint itself join at once: everything up to it is in the copy.
+async fn join<A: Apply>(
+    applier: &mut A,
+    tables: &[MappedTable],
+    handover: &mut Handover<A::Position>,
+    position: A::Position,
+) -> Result<()> {
+    let joining = handover.joining(&position);
+    for table in tables.iter().filter(|table| joining.contains(table.source())) {
+        applier.set_state(table, TableState::Ready, None).await?;
+    }
+    handover.moved(position);
+    Ok(())
+}
+
+/// What a checkpoint says of the tables that are mapped now.
+struct Sorted<'a, P> {
+    /// Follow from their own position, or from the checkpoint.
+    followed: Vec<(&'a MappedTable, Option<P>)>,
+    /// Need a copy: new, unfinished, or with other columns than were copied.
+    to_copy: Vec<&'a MappedTable>,
+    /// Out of the publication while nobody looked: changes are gone.
+    left: Vec<&'a MappedTable>,
+    /// Rows that earlier copies have brought.
+    rows_copied: u64,
+}
+
+fn sort_tables<'a, P: super::position::Position>(
+    tables: &'a [MappedTable],
+    checkpoint: &Checkpoint<P>,
+    published: &[QualifiedName],
+) -> Sorted<'a, P> {
+    let mut sorted = Sorted {
+        followed: Vec::new(),
+        to_copy: Vec::new(),
+        left: Vec::new(),
+        rows_copied: 0,
+    };
+    for table in tables {
+        let known = checkpoint.tables.get(table.source()).filter(|known| known.target == table.target);
+        match known {
+            Some(known) if known.state == TableState::Error => sorted.left.push(table),
+            Some(known) if matches!(known.state, TableState::CatchingUp | TableState::Ready) && known.columns == table.signature() => {
+                if published.contains(table.source()) {
+                    sorted.rows_copied += known.rows_copied.unsigned_abs();
+                    sorted.followed.push((table, known.position.clone()));
+                } else {
+                    sorted.left.push(table);
+                }
+            }
+            _ => sorted.to_copy.push(table),
+        }
+    }
+    sorted
+}
+
+async fn resume<S, T>(
+    job: &mut CopyJob<'_, S, T>,
+    applier: &mut T::Applier,
+    tables: &[MappedTable],
+    checkpoint: &Checkpoint<S::Position>,
+    position: S::Position,
+) -> Result<Handover<S::Position>>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    let published = job.source.published().await?;
+    let sorted = sort_tables(tables, checkpoint, &published);
+    if !sorted.to_copy.is_empty() && !job.config.enabled {
+        let names: Vec<String> = sorted.to_copy.iter().map(|table| table.source().to_string()).collect();
+        return Err(Error::stop(
+            reason::START_POSITION_REQUIRED,
+            format!("{} must be copied, but snapshot.enabled is false", names.join(", ")),
+        ));
+    }
+    let remaining: Vec<MappedTable> = tables
+        .iter()
+        .filter(|table| !sorted.left.iter().any(|left| left.source() == table.source()))
+        .cloned()
+        .collect();
+    job.source.publish(&remaining).await?;
+    let gone: Vec<QualifiedName> = checkpoint
+        .tables
+        .keys()
+        .filter(|name| !tables.iter().any(|table| table.source() == *name))
+        .cloned()
+        .collect();
+    if !gone.is_empty() {
+        applier.forget(&gone).await?;
+    }
+    report_known(job.progress, &sorted);
+    for table in &sorted.left {
+        applier.set_state(table, TableState::Error, None).await?;
+        job.progress.table_failed(table.source(), left_publication());
+    }
+    job.progress.set_copied(sorted.rows_copied);
+    let mut handover = following(&position, sorted.followed.iter().cloned());
+    if !sorted.to_copy.is_empty() {
+        let snapshot = watched(job, job.source.snapshot()).await?;
+        let right_up_to = snapshot.position().clone();
+        copy_tables(job, applier, snapshot, &sorted.to_copy, sorted.rows_copied).await?;
+        for table in &sorted.to_copy {
+            handover.follow(table.version.id, table.source().clone(), Some(right_up_to.clone()));
+        }
+        // An idle source would never move past the new tables' position by itself.
+        job.source.mark().await?;
+    }
+    join(applier, tables, &mut handover, position).await?;
+    Ok(handover)
+}
+
+pub(super) fn left_publication() -> String {
+    format!(
+        "{}: the table was taken out of the publication, so changes are gone; take it out of the Mirror and add it again for a new copy",
+        reason::LEFT_PUBLICATION
+    )
+}
+
+fn report_known<P>(progress: &Progress, sorted: &Sorted<'_, P>) {
+    let state = |own: &Option<P>| if own.is_some() { TableState::CatchingUp } else { TableState::Ready };
+    let followed = sorted.followed.iter().map(|(table, own)| (table.source().clone(), state(own)));
+    let others = [(&sorted.to_copy, TableState::Init), (&sorted.left, TableState::Error)];
+    let others = others
+        .into_iter()
+        .flat_map(|(tables, state)| tables.iter().map(move |table| (table.source().clone(), state)));
+    progress.set_tables(followed.chain(others).collect());
+}
+
+/// Shows what a slow step of the source waits for while it runs.
+async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Output = Result<O>>) -> Result<O> {
+    let mut step = std::pin::pin!(step);
+    let mut look = tokio::time::interval(std::time::Duration::from_secs(1));
+    let result = loop {
+        tokio::select! {
+            result = &mut step => break result,
+            _ = look.tick() => job.progress.set_waiting(job.source.waiting()),
+        }
+    };
+    job.progress.set_waiting(None);
+    result
+}
+
+/// The error of a task that ended without an answer.
+pub(super) fn lost_task(error: &tokio::task::JoinError) -> Error {
+    Error::new(
+        Class::Bug,
+        reason::INTERNAL_ERROR,
+        format!("a task ended without an answer: {error}"),
+    )
+}

@@ -11,6 +11,7 @@
 
 pub mod batch;
 pub mod coalesce;
+mod copy;
 pub mod error;
 pub mod flow;
 pub mod handover;
@@ -19,4 +20,8 @@ pub mod progress;
 pub mod retry;
 pub mod roles;
 pub mod startup;
+mod stream;
 pub mod table;
+
+#[cfg(test)]
+pub(crate) mod testing;

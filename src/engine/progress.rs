@@ -1,1 +1,257 @@
-//! progress
+//! What a session reports while it runs; read by whoever shows it.
+
+use super::position::Position;
+use super::roles::{Applied, ApplyMode};
+use super::table::{QualifiedName, TableState};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+/// What a session does, in one word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// Connecting, claiming, checking.
+    #[default]
+    Starting,
+    /// Publication, slot and tables are being made.
+    SettingUp,
+    /// Tables are being copied.
+    Copying,
+    /// Copied tables follow the stream up to its position.
+    CatchingUp,
+    /// Every table follows the stream.
+    Streaming,
+}
+
+/// A look at a session.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// What it does.
+    pub phase: Phase,
+    /// Epoch of its claim; 0 before.
+    pub epoch: i64,
+    /// Last position received.
+    pub received: Option<String>,
+    /// Last position committed on the target.
+    pub applied: Option<String>,
+    /// Last position on the target's disk, as confirmed to the source.
+    pub confirmed: Option<String>,
+    /// Bytes of log that are not applied.
+    pub lag_bytes: Option<u64>,
+    /// Seconds since the commit of the last transaction applied, while more is waiting; else 0.
+    pub lag_seconds: Option<u64>,
+    /// Number of tables per state.
+    pub tables: BTreeMap<&'static str, u32>,
+    /// Tables in state `Error`, with the reason.
+    pub table_errors: BTreeMap<String, String>,
+    /// Rows copied by all copies that count.
+    pub rows_copied: u64,
+    /// Rows to copy, by statistics.
+    pub rows_to_copy: u64,
+    /// Rows written from the stream.
+    pub rows_streamed: u64,
+    /// Of these, inserted.
+    pub inserts: u64,
+    /// Of these, updated.
+    pub updates: u64,
+    /// Of these, deleted.
+    pub deletes: u64,
+    /// Parts applied.
+    pub batches: u64,
+    /// Bytes of the parts applied.
+    pub bytes_applied: u64,
+    /// All tables have been copied.
+    pub snapshot_completed: bool,
+    /// Every table follows the stream.
+    pub streaming: bool,
+    /// How changes are written.
+    pub apply_mode: Option<&'static str>,
+    /// What is waited for, for people.
+    pub waiting: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    view: View,
+    tables: BTreeMap<QualifiedName, TableState>,
+    last_commit: Option<SystemTime>,
+}
+
+/// Shared by a session and its watchers.
+#[derive(Debug, Default)]
+pub struct Progress {
+    state: Mutex<State>,
+}
+
+impl Progress {
+    /// Nothing has happened yet.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every update is complete in itself, so the state behind a panic is still right.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A consistent copy.
+    #[must_use]
+    pub fn view(&self) -> View {
+        let state = self.state();
+        let mut view = state.view.clone();
+        for table in state.tables.values() {
+            *view.tables.entry(table.as_str()).or_default() += 1;
+        }
+        let behind = view.lag_bytes.is_some_and(|bytes| bytes > 0) && view.received != view.applied;
+        view.lag_seconds = match state.last_commit {
+            _ if !behind && view.lag_bytes.is_some() => Some(0),
+            Some(commit) => Some(commit.elapsed().unwrap_or_default().as_secs()),
+            None => None,
+        };
+        view
+    }
+
+    /// A new session begins: what it has not found out yet is not known; counts go on.
+    pub fn begin_session(&self) {
+        let mut state = self.state();
+        let old = std::mem::take(&mut *state);
+        state.view = View {
+            rows_streamed: old.view.rows_streamed,
+            inserts: old.view.inserts,
+            updates: old.view.updates,
+            deletes: old.view.deletes,
+            batches: old.view.batches,
+            bytes_applied: old.view.bytes_applied,
+            rows_copied: old.view.rows_copied,
+            rows_to_copy: old.view.rows_to_copy,
+            snapshot_completed: old.view.snapshot_completed,
+            received: old.view.received,
+            applied: old.view.applied,
+            confirmed: old.view.confirmed,
+            ..View::default()
+        };
+        state.tables = old.tables;
+    }
+
+    pub(super) fn set_phase(&self, phase: Phase) {
+        let mut state = self.state();
+        state.view.phase = phase;
+        state.view.streaming = phase == Phase::Streaming;
+        if matches!(phase, Phase::CatchingUp | Phase::Streaming) {
+            state.view.snapshot_completed = true;
+        }
+    }
+
+    pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode) {
+        let mut state = self.state();
+        state.view.epoch = epoch;
+        state.view.apply_mode = Some(mode.as_str());
+    }
+
+    pub(super) fn set_waiting(&self, waiting: Option<String>) {
+        self.state().view.waiting = waiting;
+    }
+
+    pub(super) fn set_tables(&self, tables: BTreeMap<QualifiedName, TableState>) {
+        let mut state = self.state();
+        let errors = tables
+            .iter()
+            .filter(|(_, table)| **table == TableState::Error)
+            .map(|(name, _)| name.to_string());
+        let errors: Vec<String> = errors.collect();
+        state.view.table_errors.retain(|name, _| errors.contains(name));
+        state.tables = tables;
+    }
+
+    pub(super) fn set_table(&self, name: &QualifiedName, table: TableState) {
+        self.state().tables.insert(name.clone(), table);
+    }
+
+    pub(super) fn table_failed(&self, name: &QualifiedName, why: String) {
+        let mut state = self.state();
+        state.tables.insert(name.clone(), TableState::Error);
+        state.view.table_errors.insert(name.to_string(), why);
+    }
+
+    pub(super) fn begin_copy(&self, copied_before: u64, to_copy: u64) {
+        let mut state = self.state();
+        state.view.snapshot_completed = false;
+        state.view.rows_copied = copied_before;
+        state.view.rows_to_copy = to_copy;
+    }
+
+    pub(super) fn set_copied(&self, rows: u64) {
+        self.state().view.rows_copied = rows;
+    }
+
+    pub(super) fn add_copied(&self, rows: u64) {
+        self.state().view.rows_copied += rows;
+    }
+
+    pub(super) fn set_position<P: Position>(&self, received: &P, applied: &P, head: &P) {
+        let mut state = self.state();
+        state.view.received = Some(received.to_string());
+        state.view.applied = Some(applied.to_string());
+        state.view.lag_bytes = head.bytes_since(applied);
+    }
+
+    pub(super) fn set_confirmed<P: Position>(&self, confirmed: &P) {
+        self.state().view.confirmed = Some(confirmed.to_string());
+    }
+
+    pub(super) fn applied(&self, applied: Applied, bytes: usize, last_commit: Option<SystemTime>) {
+        let mut state = self.state();
+        state.last_commit = last_commit.or(state.last_commit);
+        let view = &mut state.view;
+        view.inserts += applied.inserts;
+        view.updates += applied.updates;
+        view.deletes += applied.deletes;
+        view.rows_streamed += applied.inserts + applied.updates + applied.deletes;
+        view.batches += 1;
+        view.bytes_applied += bytes as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::testing::Pos;
+
+    #[test]
+    fn lag_in_seconds_counts_only_while_something_waits() {
+        let progress = Progress::new();
+        assert_eq!(progress.view().lag_seconds, None);
+        progress.applied(Applied::default(), 0, Some(SystemTime::UNIX_EPOCH));
+        progress.set_position(&Pos(20), &Pos(10), &Pos(30));
+        let view = progress.view();
+        assert_eq!(view.lag_bytes, Some(20));
+        assert!(view.lag_seconds.is_some_and(|seconds| seconds > 1_000_000));
+        progress.set_position(&Pos(20), &Pos(20), &Pos(30));
+        assert_eq!(
+            progress.view().lag_seconds,
+            Some(0),
+            "what comes next does not concern this stream yet"
+        );
+    }
+
+    #[test]
+    fn a_new_session_keeps_counts_and_forgets_its_state() {
+        let progress = Progress::new();
+        progress.applied(
+            Applied {
+                inserts: 2,
+                updates: 1,
+                deletes: 1,
+                committed: true,
+            },
+            10,
+            None,
+        );
+        progress.set_phase(Phase::Streaming);
+        progress.begin_session();
+        let view = progress.view();
+        assert_eq!((view.phase, view.rows_streamed, view.streaming), (Phase::Starting, 4, false));
+        assert!(view.snapshot_completed);
+    }
+}

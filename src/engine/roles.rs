@@ -156,6 +156,10 @@ pub trait Source: Send + Sync + 'static {
     /// Opens the log after a position. `tables` are the versions to compare relation messages with.
     fn open(&self, from: &Self::Position, tables: &[MappedTable], limits: BatchLimits) -> impl Future<Output = Result<Self::Log>> + Send;
 
+    /// Where the server's present history left an earlier timeline; `None` when that timeline is not part of it. A
+    /// position on that timeline is valid up to there.
+    fn left_timeline_at(&self, timeline: i64) -> impl Future<Output = Result<Option<Self::Position>>> + Send;
+
     /// Where the log ends now.
     fn head(&self) -> impl Future<Output = Result<Self::Position>> + Send;
 
@@ -238,6 +242,8 @@ pub struct Claimed<P> {
     pub epoch: i64,
     /// What is durable on the target, read in the claiming transaction; `None` for a new stream.
     pub checkpoint: Option<Checkpoint<P>>,
+    /// This stream was about to make its slot when it ended: a slot without a checkpoint is its own and holds nothing.
+    pub log_intended: bool,
 }
 
 /// How changes are written, shown in status.
@@ -247,6 +253,17 @@ pub enum ApplyMode {
     Replica,
     /// Without that right: row by row in commit order.
     Ordered,
+}
+
+impl ApplyMode {
+    /// The word in status.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Replica => "Replica",
+            Self::Ordered => "Ordered",
+        }
+    }
 }
 
 /// A target that can be loaded and that applies changes.
@@ -294,6 +311,10 @@ pub trait Target: Send + Sync + 'static {
 pub trait Apply: Send + 'static {
     /// Positions of the source.
     type Position: Position;
+
+    /// Notes that the slot is about to be made, so that a crash before the first checkpoint is told from a slot that
+    /// somebody else has made.
+    fn intend_log(&mut self) -> impl Future<Output = Result<()>> + Send;
 
     /// Writes the first checkpoint of a stream that has none.
     fn initialize(&mut self, position: &Self::Position, timeline: i64) -> impl Future<Output = Result<()>> + Send;

@@ -1,1 +1,264 @@
-//! startup
+//! Where a stream begins, decided from what the target holds and what the source still has. Pure.
+//!
+//! Every unequal case has a reason of its own, and none is continued by guessing: a wrong guess loses changes silently.
+
+use super::error::{Error, Result, reason};
+use super::position::Position;
+use super::roles::{Checkpoint, LogState, Selection};
+use std::collections::HashMap;
+
+/// How a stream begins.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Start<P> {
+    /// Nothing is there: publication, slot, copy.
+    Fresh {
+        /// A slot of ours that never got a checkpoint is dropped first.
+        drop_unfinished: bool,
+    },
+    /// The target equals the source at this position, by the user's word: no copy.
+    From(P),
+    /// Go on after the checkpoint.
+    Resume {
+        /// The checkpoint's position.
+        position: P,
+        /// The source has changed its timeline since, and the position lies before the switch.
+        new_timeline: bool,
+    },
+}
+
+/// What is known when a stream begins.
+#[derive(Debug)]
+pub struct Facts<'a, P> {
+    /// From the target.
+    pub checkpoint: Option<&'a Checkpoint<P>>,
+    /// From the target: this stream was about to make its slot.
+    pub log_intended: bool,
+    /// From the source: the slot.
+    pub log: Option<&'a LogState<P>>,
+    /// The source's timeline now.
+    pub timeline: i64,
+    /// Where the source's history left the checkpoint's timeline.
+    pub left_at: Option<&'a P>,
+    /// Existing rows are copied.
+    pub snapshot: bool,
+    /// Without a copy: where the target stands.
+    pub start_position: Option<&'a P>,
+}
+
+/// Decides how a stream begins.
+///
+/// # Errors
+/// Class `Stop` with a reason for every case that may not be continued.
+pub fn decide<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>> {
+    if let Some(lost) = facts.log.and_then(|log| log.lost.as_deref()) {
+        return Err(Error::stop(
+            reason::SLOT_LOST,
+            format!("the source has invalidated slot {slot} ({lost}): changes are gone, the tables need a new copy"),
+        ));
+    }
+    match (facts.checkpoint, facts.log) {
+        (Some(checkpoint), Some(log)) => resume(slot, facts, checkpoint, log),
+        (Some(checkpoint), None) => Err(Error::stop(
+            reason::CHECKPOINT_WITHOUT_SLOT,
+            format!(
+                "the target holds a checkpoint at {} but slot {slot} is not on the source: changes after it may be gone, the tables need a new copy",
+                checkpoint.position
+            ),
+        )),
+        (None, Some(log)) if !facts.snapshot => from_start_position(slot, facts, log),
+        (None, Some(_)) if facts.log_intended => Ok(Start::Fresh { drop_unfinished: true }),
+        (None, Some(_)) => Err(Error::stop(
+            reason::SLOT_WITHOUT_CHECKPOINT,
+            format!(
+                "slot {slot} exists on the source but the target has no checkpoint for it: name another slot, or drop it when nothing needs it"
+            ),
+        )),
+        (None, None) if facts.snapshot => Ok(Start::Fresh { drop_unfinished: false }),
+        (None, None) => Err(Error::stop(
+            reason::START_POSITION_REQUIRED,
+            format!(
+                "snapshot.enabled is false: slot {slot} must exist, and snapshot.startPosition must say up to where the target equals the source"
+            ),
+        )),
+    }
+}
+
+fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint<P>, log: &LogState<P>) -> Result<Start<P>> {
+    let position = &checkpoint.position;
+    if !(log.confirmed <= *position) {
+        return Err(Error::stop(
+            reason::CHECKPOINT_BEHIND_SLOT,
+            format!(
+                "slot {slot} was confirmed up to {} but the target only holds {position}: the changes between are gone, the tables need a new copy",
+                log.confirmed
+            ),
+        ));
+    }
+    let new_timeline = facts.timeline != checkpoint.timeline;
+    if new_timeline && !facts.left_at.is_some_and(|switch| position <= switch) {
+        return Err(Error::stop(
+            reason::TIMELINE_DIVERGED,
+            format!(
+                "the target holds {position} of timeline {}, which is not in the history of the source's timeline {}: the tables need a new copy",
+                checkpoint.timeline, facts.timeline
+            ),
+        ));
+    }
+    Ok(Start::Resume {
+        position: position.clone(),
+        new_timeline,
+    })
+}
+
+fn from_start_position<P: Position>(slot: &str, facts: &Facts<'_, P>, log: &LogState<P>) -> Result<Start<P>> {
+    let Some(start) = facts.start_position else {
+        return Err(Error::stop(
+            reason::START_POSITION_REQUIRED,
+            "snapshot.enabled is false: snapshot.startPosition must say up to where the target equals the source",
+        ));
+    };
+    if !(log.confirmed <= *start) {
+        return Err(Error::stop(
+            reason::CHECKPOINT_BEHIND_SLOT,
+            format!(
+                "slot {slot} was confirmed up to {}, after startPosition {start}: the changes between are gone",
+                log.confirmed
+            ),
+        ));
+    }
+    Ok(Start::From(start.clone()))
+}
+
+/// Refuses a mapping in which two source tables go to one target table. (For `schemas` the catalog decides, later.)
+///
+/// # Errors
+/// Class `Stop`, [`reason::DUPLICATE_TARGET`] or [`reason::INVALID_SPEC`].
+pub fn check_mapping(selection: &Selection) -> Result<()> {
+    let Selection::Tables(tables) = selection else { return Ok(()) };
+    let mut targets = HashMap::new();
+    for table in tables {
+        if let Some(other) = targets.insert(&table.target, &table.source) {
+            return Err(Error::stop(
+                reason::DUPLICATE_TARGET,
+                format!("{other} and {} both go to {}", table.source, table.target),
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::roles::Owner;
+    use crate::engine::testing::Pos;
+
+    fn checkpoint(position: u64, timeline: i64) -> Checkpoint<Pos> {
+        let owner = Owner {
+            namespace: "n".into(),
+            name: "m".into(),
+            uid: "u".into(),
+        };
+        Checkpoint {
+            position: Pos(position),
+            timeline,
+            owner,
+            tables: HashMap::new(),
+        }
+    }
+
+    fn slot(confirmed: u64) -> LogState<Pos> {
+        LogState {
+            confirmed: Pos(confirmed),
+            lost: None,
+            active: None,
+        }
+    }
+
+    fn facts<'a>(checkpoint: Option<&'a Checkpoint<Pos>>, log: Option<&'a LogState<Pos>>) -> Facts<'a, Pos> {
+        Facts {
+            checkpoint,
+            log_intended: false,
+            log,
+            timeline: 1,
+            left_at: None,
+            snapshot: true,
+            start_position: None,
+        }
+    }
+
+    fn refused(facts: &Facts<'_, Pos>) -> &'static str {
+        decide("s", facts).expect_err("must be refused").reason
+    }
+
+    #[test]
+    fn a_new_stream_starts_fresh() {
+        assert_eq!(decide("s", &facts(None, None)).unwrap(), Start::Fresh { drop_unfinished: false });
+    }
+
+    #[test]
+    fn a_slot_of_an_interrupted_set_up_is_made_again_and_a_foreign_one_is_not_touched() {
+        let log = slot(5);
+        let mut facts = facts(None, Some(&log));
+        assert_eq!(refused(&facts), reason::SLOT_WITHOUT_CHECKPOINT);
+        facts.log_intended = true;
+        assert_eq!(decide("s", &facts).unwrap(), Start::Fresh { drop_unfinished: true });
+    }
+
+    #[test]
+    fn the_checkpoint_may_be_at_or_after_the_confirmed_position_but_not_before() {
+        let (held, log) = (checkpoint(10, 1), slot(10));
+        let start = decide("s", &facts(Some(&held), Some(&log))).unwrap();
+        assert_eq!(
+            start,
+            Start::Resume {
+                position: Pos(10),
+                new_timeline: false
+            }
+        );
+        assert_eq!(refused(&facts(Some(&held), Some(&slot(11)))), reason::CHECKPOINT_BEHIND_SLOT);
+        assert_eq!(refused(&facts(Some(&held), None)), reason::CHECKPOINT_WITHOUT_SLOT);
+    }
+
+    #[test]
+    fn another_timeline_is_valid_up_to_its_switch_point() {
+        let (held, log) = (checkpoint(10, 1), slot(5));
+        let mut facts = facts(Some(&held), Some(&log));
+        facts.timeline = 2;
+        assert_eq!(refused(&facts), reason::TIMELINE_DIVERGED);
+        facts.left_at = Some(&Pos(9));
+        assert_eq!(refused(&facts), reason::TIMELINE_DIVERGED);
+        facts.left_at = Some(&Pos(10));
+        assert_eq!(
+            decide("s", &facts).unwrap(),
+            Start::Resume {
+                position: Pos(10),
+                new_timeline: true
+            }
+        );
+    }
+
+    #[test]
+    fn a_lost_slot_is_never_continued() {
+        let held = checkpoint(10, 1);
+        let log = LogState {
+            lost: Some("wal_removed".into()),
+            ..slot(5)
+        };
+        assert_eq!(refused(&facts(Some(&held), Some(&log))), reason::SLOT_LOST);
+    }
+
+    #[test]
+    fn without_a_copy_the_start_must_be_known_and_not_before_the_slot() {
+        let log = slot(5);
+        let mut facts = facts(None, Some(&log));
+        facts.snapshot = false;
+        assert_eq!(refused(&facts), reason::START_POSITION_REQUIRED);
+        facts.start_position = Some(&Pos(4));
+        assert_eq!(refused(&facts), reason::CHECKPOINT_BEHIND_SLOT);
+        facts.start_position = Some(&Pos(5));
+        assert_eq!(decide("s", &facts).unwrap(), Start::From(Pos(5)));
+        facts.log = None;
+        assert_eq!(refused(&facts), reason::START_POSITION_REQUIRED);
+    }
+}

@@ -93,6 +93,14 @@ pub struct MappedTable {
 }
 
 impl MappedTable {
+    /// Columns with their types, as text for the checkpoint: a table whose text differs from what was copied needs a new
+    /// copy.
+    #[must_use]
+    pub fn signature(&self) -> String {
+        let column = |column: &Column| format!("{:?} {}", column.name, column.declared);
+        self.version.columns.iter().map(column).collect::<Vec<_>>().join(", ")
+    }
+
     /// Name in the source.
     #[must_use]
     pub fn source(&self) -> &QualifiedName {

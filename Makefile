@@ -1,0 +1,50 @@
+# make          says what there is
+# make demo     and make test need nothing but Debian 12, root, Rust, Go and gcc: they call `make deps` themselves
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help deps build test fmt lint unit chart e2e demo demo-down crds deny docs
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+deps: ## Install what the tests and the demo need, by name
+	@e2e/deps.sh
+
+build: ## Build the release binary
+	cargo build --release --locked
+
+test: ## Every tier of tests; the last line is "N passed, M failed"
+	@e2e/test.sh
+
+fmt: ## Format the Rust code
+	cargo fmt
+
+lint: ## Formatting, clippy, shell scripts
+	@e2e/test.sh lint
+
+unit: ## Rust tests: unit, schema, connectors, control plane
+	@e2e/test.sh rust
+
+chart: ## Checks of the Helm chart without a cluster
+	@e2e/test.sh chart
+
+e2e: ## End-to-end tests on a one-node cluster of their own
+	@e2e/test.sh e2e
+
+demo: ## A whole mirror on a real cluster (CLUSTER=local|current|kind)
+	@e2e/demo/demo.sh up
+
+demo-down: ## Remove everything that the demo made
+	@e2e/demo/demo.sh down
+
+crds: ## Generate crds/ and the chart's copy from src/resources
+	@e2e/crds.sh
+
+deny: ## Licences, advisories and bans of the dependencies
+	@e2e/deps.sh cargo-deny
+	@"$$(e2e/deps.sh where cargo-deny)" check
+
+docs: ## Build the book into target/book
+	@e2e/deps.sh mdbook
+	@"$$(e2e/deps.sh where mdbook)" build docs --dest-dir "$(CURDIR)/target/book"

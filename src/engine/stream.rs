@@ -1,0 +1,205 @@
+//! The steady state: parts of the log are applied in order, what is durable is confirmed.
+
+use super::batch::Part;
+use super::error::Result;
+use super::flow::{ReadyStream, Stop, left_publication};
+use super::handover::Handover;
+use super::progress::{Phase, Progress};
+use super::roles::{Apply, BatchLimits, ChangeLog, Source};
+use super::table::{MappedTable, TableState};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How often durable positions are looked for and shown.
+const TICK: Duration = Duration::from_millis(200);
+/// How often an idle stream writes its position into the checkpoint.
+const IDLE_ADVANCE: Duration = Duration::from_secs(10);
+/// How often the publication is compared with what should be in it.
+const MEMBERSHIP_CHECK: Duration = Duration::from_secs(60);
+/// Bound for rolling back when the session is told to end.
+const ABORT_LIMIT: Duration = Duration::from_secs(1);
+
+struct Follower<'a, S: Source, A> {
+    source: &'a S,
+    log: S::Log,
+    tables: Vec<MappedTable>,
+    handover: Handover<S::Position>,
+    applier: A,
+    progress: &'a Progress,
+    /// A target transaction is open between two parts.
+    open: bool,
+    /// An idle source's position that is not in the checkpoint yet.
+    idle: Option<S::Position>,
+    idle_since: Instant,
+    membership_checked: Instant,
+}
+
+/// What made a step.
+enum Event<P> {
+    Part(Box<Part<P>>),
+    Tick,
+    Finish,
+}
+
+/// Follows the log until told to end.
+pub(super) async fn follow<S, A>(source: &S, ready: ReadyStream<S, A>, limits: BatchLimits, progress: &Progress, stop: &Stop) -> Result<()>
+where
+    S: Source,
+    A: Apply<Position = S::Position>,
+{
+    let ReadyStream { tables, handover, applier } = ready;
+    let log = tokio::select! {
+        biased;
+        () = stop.now.cancelled() => return Ok(()),
+        log = source.open(handover.checkpoint(), &tables, limits) => log?,
+    };
+    let now = Instant::now();
+    let mut follower = Follower {
+        source,
+        log,
+        tables,
+        handover,
+        applier,
+        progress,
+        open: false,
+        idle: None,
+        idle_since: now,
+        membership_checked: now,
+    };
+    let result = tokio::select! {
+        biased;
+        () = stop.now.cancelled() => None,
+        result = follower.run(stop) => Some(result),
+    };
+    match result {
+        Some(Err(error)) => Err(error),
+        // Told to end: what is running is cancelled and an open transaction rolled back; the position stays.
+        Some(Ok(())) | None => {
+            let _ = tokio::time::timeout(ABORT_LIMIT, follower.applier.abort()).await;
+            Ok(())
+        }
+    }
+}
+
+impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
+    async fn run(&mut self, stop: &Stop) -> Result<()> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.show_phase();
+        loop {
+            let event = tokio::select! {
+                biased;
+                // An open transaction is finished first: its rest is on its way.
+                () = stop.finish.cancelled(), if !self.open => Event::Finish,
+                _ = tick.tick() => Event::Tick,
+                part = self.log.next() => Event::Part(Box::new(part?)),
+            };
+            match event {
+                Event::Finish => return self.confirm().await,
+                Event::Tick => self.tick().await?,
+                Event::Part(part) if part.is_idle() && !self.open => self.note_idle(part.received).await?,
+                Event::Part(part) => self.apply(&part).await?,
+            }
+        }
+    }
+
+    async fn apply(&mut self, part: &Part<S::Position>) -> Result<()> {
+        let joined = if part.open { Vec::new() } else { self.handover.joining(part.end()) };
+        let handover = &self.handover;
+        let due = |table: u32, index: usize| handover.is_due(part, table, index);
+        let applied = self.applier.apply(part, &due, &joined).await?;
+        self.open = !applied.committed;
+        if applied.committed {
+            self.moved(part.end().clone());
+        }
+        let last_commit = part.boundaries.last().map(|boundary| boundary.committed_at);
+        self.progress.applied(applied, part.batch.size(), last_commit);
+        self.show_position();
+        self.confirm().await
+    }
+
+    fn moved(&mut self, position: S::Position) {
+        let catching_up = self.handover.is_catching_up();
+        self.handover.moved(position);
+        self.idle = None;
+        self.idle_since = Instant::now();
+        if catching_up {
+            self.show_phase();
+        }
+    }
+
+    /// The source has nothing for us up to this position. It goes through the checkpoint before it is confirmed, but not
+    /// each time: an idle stream should not keep the target busy.
+    async fn note_idle(&mut self, received: S::Position) -> Result<()> {
+        self.idle = (received > *self.handover.checkpoint()).then_some(received);
+        if self.handover.is_catching_up() {
+            self.advance().await?;
+        }
+        Ok(())
+    }
+
+    async fn advance(&mut self) -> Result<()> {
+        let Some(position) = self.idle.take() else { return Ok(()) };
+        let joined = self.handover.joining(&position);
+        self.applier.advance(&position, &joined).await?;
+        self.moved(position);
+        Ok(())
+    }
+
+    async fn tick(&mut self) -> Result<()> {
+        if !self.open && self.idle_since.elapsed() >= IDLE_ADVANCE {
+            self.advance().await?;
+            self.idle_since = Instant::now();
+        }
+        if self.membership_checked.elapsed() >= MEMBERSHIP_CHECK {
+            self.membership_checked = Instant::now();
+            self.check_membership().await?;
+        }
+        self.confirm().await?;
+        self.show_position();
+        Ok(())
+    }
+
+    /// Only what is durable on the target is confirmed to the source.
+    async fn confirm(&mut self) -> Result<()> {
+        if let Some(durable) = self.applier.durable().await? {
+            self.log.confirm(&durable);
+            self.progress.set_confirmed(&durable);
+        }
+        Ok(())
+    }
+
+    /// A table can be taken out of a publication without a word in the log (`DROP COLUMN … CASCADE` of a listed column
+    /// does it): what happened to it since is gone.
+    async fn check_membership(&mut self) -> Result<()> {
+        if self.open {
+            return Ok(());
+        }
+        let published = self.source.published().await?;
+        for table in self.tables.iter().filter(|table| !published.contains(table.source())) {
+            if self.handover.leave(table.source()) {
+                self.applier.set_state(table, TableState::Error, None).await?;
+                self.progress.table_failed(table.source(), left_publication());
+            }
+        }
+        Ok(())
+    }
+
+    fn show_phase(&self) {
+        for (name, state) in self.handover.states().filter(|(_, state)| *state != TableState::Error) {
+            self.progress.set_table(name, state);
+        }
+        self.progress.set_phase(if self.handover.is_catching_up() {
+            Phase::CatchingUp
+        } else {
+            Phase::Streaming
+        });
+    }
+
+    fn show_position(&self) {
+        let (received, head) = self.log.received();
+        // While nothing is waiting here, what an idle source has sent counts as applied: it held nothing for us.
+        let applied = self.idle.as_ref().unwrap_or_else(|| self.handover.checkpoint());
+        self.progress.set_position(&received, applied, &head);
+    }
+}
