@@ -21,14 +21,30 @@ node_dir() {
 say() { printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# step WHAT CMD...: run CMD and say how long it took; its output is shown only when it fails
+# step WHAT CMD...: run CMD and say how long it took; its output is shown only when it fails.
+# CMD runs in a shell of its own that ends at the first error: behind `if` or `||` bash would go on after it.
 step() {
-  local what=$1 begin=$SECONDS log rc=0; shift
+  local what=$1 begin=$SECONDS log rc; shift
   log=$(mktemp)
   say "$what ..."
-  "$@" >"$log" 2>&1 || rc=$?
-  if [ "$rc" != 0 ]; then cat "$log" >&2; rm -f "$log"; die "$what: failed (exit $rc) after $((SECONDS - begin)) s"; fi
+  set +e
+  (set -e; "$@") >"$log" 2>&1
+  rc=$?
+  set -e
+  if [ $rc != 0 ]; then cat "$log" >&2; rm -f "$log"; die "$what: failed (exit $rc) after $((SECONDS - begin)) s"; fi
   rm -f "$log"
+  say "$what: done in $((SECONDS - begin)) s"
+}
+
+# timed WHAT CMD...: the same, with its output shown as it comes
+timed() {
+  local what=$1 begin=$SECONDS rc; shift
+  say "$what ..."
+  set +e
+  (set -e; "$@")
+  rc=$?
+  set -e
+  [ $rc = 0 ] || die "$what: failed (exit $rc) after $((SECONDS - begin)) s"
   say "$what: done in $((SECONDS - begin)) s"
 }
 
