@@ -3,3 +3,4 @@
 //! Invariant: a worker holds no Kubernetes permission; it knows the cluster only through mounted files and signed calls.
 
 pub mod contract;
+pub mod token;
