@@ -58,7 +58,13 @@ impl Postgres {
         }
         std::fs::write(folder.path().join("pw"), "pw\n").expect("password file");
         let data = folder.path().join("data");
-        run(as_user(as_nobody, &bin.join("initdb")).current_dir(folder.path()).args(["-D"]).arg(&data).args(["-U", "postgres", "-A", "scram-sha-256", "--pwfile"]).arg(folder.path().join("pw")).args(["-E", "UTF8", "--no-locale", "--no-sync"]));
+        run(as_user(as_nobody, &bin.join("initdb"))
+            .current_dir(folder.path())
+            .args(["-D"])
+            .arg(&data)
+            .args(["-U", "postgres", "-A", "scram-sha-256", "--pwfile"])
+            .arg(folder.path().join("pw"))
+            .args(["-E", "UTF8", "--no-locale", "--no-sync"]));
         let port = free_port();
         let mut conf = std::fs::OpenOptions::new().append(true).open(data.join("postgresql.conf")).expect("postgresql.conf");
         writeln!(conf, "listen_addresses='127.0.0.1'\nport={port}\nunix_socket_directories=''\nwal_level=logical\nmax_wal_senders=20\nmax_replication_slots=20\nfsync=off\nlog_min_messages=warning").expect("settings");
