@@ -198,7 +198,7 @@ async fn raise_epoch_inside(
     Ok(Some((
         claim,
         Claimed {
-            epoch,
+            claim: crate::engine::roles::Claim { key: key.clone(), epoch },
             checkpoint,
             log_intended: stream.log_intended,
         },
