@@ -38,11 +38,7 @@ fn is_root() -> bool {
 
 /// A port that nobody listens on now.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .expect("a port on loopback")
-        .local_addr()
-        .expect("an address")
-        .port()
+    TcpListener::bind("127.0.0.1:0").expect("a port on loopback").local_addr().expect("an address").port()
 }
 
 impl Postgres {
@@ -70,24 +66,14 @@ impl Postgres {
             .arg(folder.path().join("pw"))
             .args(["-E", "UTF8", "--no-locale", "--no-sync"]));
         let port = free_port();
-        let mut conf = std::fs::OpenOptions::new()
-            .append(true)
-            .open(data.join("postgresql.conf"))
-            .expect("postgresql.conf");
+        let mut conf = std::fs::OpenOptions::new().append(true).open(data.join("postgresql.conf")).expect("postgresql.conf");
         writeln!(conf, "listen_addresses='127.0.0.1'\nport={port}\nunix_socket_directories=''\nwal_level=logical\nmax_wal_senders=20\nmax_replication_slots=20\nfsync=off\nlog_min_messages=warning").expect("settings");
         for setting in settings {
             writeln!(conf, "{setting}").expect("settings");
         }
         drop(conf);
         let process = spawn(as_nobody, &bin, folder.path());
-        let mut server = Self {
-            folder: Some(folder),
-            process,
-            port,
-            major,
-            bin,
-            as_nobody,
-        };
+        let mut server = Self { folder: Some(folder), process, port, major, bin, as_nobody };
         server.wait_ready();
         server
     }
@@ -200,18 +186,12 @@ fn as_user(nobody: bool, program: &Path) -> Command {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command
-        .args(["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"])
-        .arg(program);
+    command.args(["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]).arg(program);
     command
 }
 
 fn spawn(nobody: bool, bin: &Path, folder: &Path) -> Child {
-    let log = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(folder.join("log"))
-        .expect("a log file");
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).expect("a log file");
     as_user(nobody, &bin.join("postgres"))
         .current_dir(folder)
         .arg("-D")
