@@ -10,6 +10,9 @@ if [ -z "${SLUICE_CACHE:-}" ]; then
 fi
 export SLUICE_CACHE
 
+# A fresh clone starts with the dependencies built. Incremental state would only grow there.
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$SLUICE_CACHE/target} CARGO_INCREMENTAL=0
+
 NODE_SOURCES=$REPO/e2e/cluster/node
 # The node's binaries depend on its sources and on the Go release alone.
 node_dir() {
@@ -21,14 +24,30 @@ node_dir() {
 say() { printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# step WHAT CMD...: run CMD and say how long it took; its output is shown only when it fails
+# step WHAT CMD...: run CMD and say how long it took; its output is shown only when it fails.
+# CMD runs in a shell of its own that ends at the first error: behind `if` or `||` bash would go on after it.
 step() {
-  local what=$1 begin=$SECONDS log rc=0; shift
+  local what=$1 begin=$SECONDS log rc; shift
   log=$(mktemp)
   say "$what ..."
-  "$@" >"$log" 2>&1 || rc=$?
-  if [ "$rc" != 0 ]; then cat "$log" >&2; rm -f "$log"; die "$what: failed (exit $rc) after $((SECONDS - begin)) s"; fi
+  set +e
+  (set -e; "$@") >"$log" 2>&1
+  rc=$?
+  set -e
+  if [ $rc != 0 ]; then cat "$log" >&2; rm -f "$log"; die "$what: failed (exit $rc) after $((SECONDS - begin)) s"; fi
   rm -f "$log"
+  say "$what: done in $((SECONDS - begin)) s"
+}
+
+# timed WHAT CMD...: the same, with its output shown as it comes
+timed() {
+  local what=$1 begin=$SECONDS rc; shift
+  say "$what ..."
+  set +e
+  (set -e; "$@")
+  rc=$?
+  set -e
+  [ $rc = 0 ] || die "$what: failed (exit $rc) after $((SECONDS - begin)) s"
   say "$what: done in $((SECONDS - begin)) s"
 }
 

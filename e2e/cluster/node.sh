@@ -116,7 +116,8 @@ kubelet_up() {
   save_sysctls
   mkdir -p "$K8S_STATE/kubelet" "$K8S_STATE/podlogs" "$K8S_STATE/volplugins"
   printf '# no resolver outside the cluster\n' > "$ETC/resolv.conf"
-  # syncFrequency is the default that users have: mounted ConfigMaps and Secrets take as long to arrive here as there
+  # syncFrequency is the default that users have: mounted ConfigMaps and Secrets take as long to arrive here as there.
+  # A container that was killed often comes back after 10 s, not after up to 5 minutes: tests kill many.
   cat > "$ETC/kubelet.yaml" <<YAML
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -144,6 +145,8 @@ imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 nodeStatusUpdateFrequency: 5s
 syncFrequency: 60s
+featureGates: {KubeletCrashLoopBackOffMax: true}
+crashLoopBackOff: {maxContainerRestartPeriod: 3s}
 YAML
   # shellcheck disable=SC2086  # extra flags are split at spaces
   start kubelet env "PATH=$PATH:/usr/sbin:/sbin" "$BIN/kubelet" --v="$K8S_VERBOSE" --config="$ETC/kubelet.yaml" \

@@ -1,6 +1,7 @@
 # Processes of the cluster: started into its cgroup and namespaces, remembered by pid and start time. Sourced by cluster.sh.
 # shellcheck shell=bash
 
+# shellcheck disable=SC2034  # used by cluster.sh
 PARTS=(holder etcd apiserver controllers scheduler containerd kubelet proxy dns)
 
 # A pid file holds "PID STARTTIME": a recycled pid is never taken for ours.

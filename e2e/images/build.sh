@@ -45,13 +45,14 @@ make_postgres() {
   while read -r library; do files+=(--file "$library=$library"); done < <(
     find "$server" -type f \( -perm -u+x -o -name '*.so*' \) -exec ldd {} + 2>/dev/null |
       sed -nE 's/.* => (\/(usr\/)?lib[^ ]*) .*/\1/p; s/^\s*(\/lib64\/[^ ]*) .*/\1/p' | sort -u)
-  for program in /bin/sh /bin/mkdir /bin/mv /bin/rm /bin/cat /bin/sleep "$client/psql" "$client/pg_isready"; do
+  for program in /bin/mkdir /bin/mv /bin/rm /bin/cat /bin/sleep "$client/psql" "$client/pg_isready"; do
     files+=(--bin "$(readlink -f "$program")=/usr/bin/${program##*/}")
   done
-  "$HERE/mkimage.py" --name "localhost/postgres:$major" --layer-dir "$tree" "${files[@]}" --dir /bin --dir /data --dir /tmp \
+  files+=(--bin "$(readlink -f /bin/sh)=/bin/sh")      # where libc looks for it: initdb starts programs through it
+  "$HERE/mkimage.py" --name "localhost/postgres:$major" --layer-dir "$tree" "${files[@]}" --dir /data --dir /tmp \
     --file "$HERE/postgres/entrypoint.sh=/entrypoint.sh" --file "$HERE/postgres/passwd=/etc/passwd" \
-    --env PATH=/usr/local/pgsql/bin:/usr/bin --env PGDATA=/data/pgdata --env PGHOST=/tmp --env PGUSER=postgres --env LANG=C.UTF-8 \
-    --user 999:999 --entrypoint '["/usr/bin/sh", "/entrypoint.sh"]' --stop-signal SIGINT --out "$out"
+    --env PATH=/usr/local/pgsql/bin:/usr/bin:/bin --env PGDATA=/data/pgdata --env PGHOST=/tmp --env PGUSER=postgres --env LANG=C.UTF-8 \
+    --user 999:999 --entrypoint '["/bin/sh", "/entrypoint.sh"]' --stop-signal SIGINT --out "$out"
 }
 
 main() {

@@ -146,30 +146,20 @@ impl Batch {
     /// Starts an image; cells follow by [`Self::push_cell`] and [`Self::end_image`] closes it.
     #[must_use]
     pub fn begin_image(&self) -> Image {
-        Image {
-            first: self.cells.len() as u32,
-            count: 0,
-        }
+        Image { first: self.cells.len() as u32, count: 0 }
     }
 
     /// Adds one cell; `bytes` are copied into the arena, once.
     pub fn push_cell(&mut self, kind: CellKind, bytes: &[u8]) {
         let offset = self.arena.len() as u32;
         self.arena.extend_from_slice(bytes);
-        self.cells.push(Cell {
-            kind,
-            offset,
-            length: bytes.len() as u32,
-        });
+        self.cells.push(Cell { kind, offset, length: bytes.len() as u32 });
     }
 
     /// Ends an image.
     #[must_use]
     pub fn end_image(&self, image: Image) -> Image {
-        Image {
-            first: image.first,
-            count: self.cells.len() as u32 - image.first,
-        }
+        Image { first: image.first, count: self.cells.len() as u32 - image.first }
     }
 
     /// Adds a change.

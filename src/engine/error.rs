@@ -62,12 +62,7 @@ impl Error {
 
     /// Any failure.
     pub fn new(class: Class, reason: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            class,
-            reason,
-            message: message.into(),
-            source: None,
-        }
+        Self { class, reason, message: message.into(), source: None }
     }
 
     /// The same with its cause.

@@ -105,27 +105,17 @@ where
     let identity = source.identity().await?;
     let tables = source.tables(&config.selection).await?;
     check_targets(&tables)?;
-    let key = StreamKey {
-        system_identifier: identity.system_identifier.clone(),
-        database: identity.database.clone(),
-        slot: config.slot.clone(),
-    };
+    let key =
+        StreamKey { system_identifier: identity.system_identifier.clone(), database: identity.database.clone(), slot: config.slot.clone() };
     let (claimed, mut applier) = target.claim(&key, &config.owner, *held).await?;
-    *held = Some(claimed.epoch);
-    progress.set_claim(claimed.epoch, applier.mode());
+    *held = Some(claimed.claim.epoch);
+    progress.set_claim(claimed.claim.epoch, applier.mode());
     target.check(&identity, &tables).await?;
 
     progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();
     let start = begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
-    let mut job = CopyJob {
-        source,
-        target,
-        key: &key,
-        epoch: claimed.epoch,
-        config: &config.snapshot,
-        progress,
-    };
+    let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let handover = match start {
         Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
         Start::From(position) => {
@@ -154,10 +144,7 @@ fn check_targets(tables: &[MappedTable]) -> Result<()> {
     let mut targets = BTreeMap::new();
     for table in tables {
         if let Some(other) = targets.insert(&table.target, table.source()) {
-            return Err(Error::stop(
-                reason::DUPLICATE_TARGET,
-                format!("{other} and {} both go to {}", table.source(), table.target),
-            ));
+            return Err(Error::stop(reason::DUPLICATE_TARGET, format!("{other} and {} both go to {}", table.source(), table.target)));
         }
     }
     Ok(())
@@ -189,12 +176,7 @@ async fn begin<S: Source>(
 }
 
 fn parse_start<P: std::str::FromStr>(text: Option<&str>) -> Result<Option<P>> {
-    let invalid = |text: &str| {
-        Error::stop(
-            reason::INVALID_SPEC,
-            format!("snapshot.startPosition {text} is not a position of this source"),
-        )
-    };
+    let invalid = |text: &str| Error::stop(reason::INVALID_SPEC, format!("snapshot.startPosition {text} is not a position of this source"));
     text.map(|text| text.parse().map_err(|_| invalid(text))).transpose()
 }
 
@@ -228,8 +210,7 @@ where
     let position = snapshot.position().clone();
     applier.initialize(&position, timeline).await?;
     let all: Vec<&MappedTable> = tables.iter().collect();
-    job.progress
-        .set_tables(tables.iter().map(|table| (table.source().clone(), TableState::Init)).collect());
+    job.progress.set_tables(tables.iter().map(|table| (table.source().clone(), TableState::Init)).collect());
     copy_tables(job, applier, snapshot, &all, 0).await?;
     let mut handover = following(&position, tables.iter().map(|table| (table, Some(position.clone()))));
     join(applier, tables, &mut handover, position).await?;
@@ -268,12 +249,7 @@ fn sort_tables<'a, P: super::position::Position>(
     checkpoint: &Checkpoint<P>,
     published: &[QualifiedName],
 ) -> Sorted<'a, P> {
-    let mut sorted = Sorted {
-        followed: Vec::new(),
-        to_copy: Vec::new(),
-        left: Vec::new(),
-        rows_copied: 0,
-    };
+    let mut sorted = Sorted { followed: Vec::new(), to_copy: Vec::new(), left: Vec::new(), rows_copied: 0 };
     for table in tables {
         let known = checkpoint.tables.get(table.source()).filter(|known| known.target == table.target);
         match known {
@@ -312,21 +288,15 @@ where
             format!("{} must be copied, but snapshot.enabled is false", names.join(", ")),
         ));
     }
-    let remaining: Vec<MappedTable> = tables
-        .iter()
-        .filter(|table| !sorted.left.iter().any(|left| left.source() == table.source()))
-        .cloned()
-        .collect();
-    job.source.publish(&remaining).await?;
-    let gone: Vec<QualifiedName> = checkpoint
-        .tables
-        .keys()
-        .filter(|name| !tables.iter().any(|table| table.source() == *name))
-        .cloned()
-        .collect();
+    // Forgotten first: a table that left the publication by our own hand must never look as if somebody had taken it out.
+    let gone: Vec<QualifiedName> =
+        checkpoint.tables.keys().filter(|name| !tables.iter().any(|table| table.source() == *name)).cloned().collect();
     if !gone.is_empty() {
         applier.forget(&gone).await?;
     }
+    let remaining: Vec<MappedTable> =
+        tables.iter().filter(|table| !sorted.left.iter().any(|left| left.source() == table.source())).cloned().collect();
+    job.source.publish(&remaining).await?;
     report_known(job.progress, &sorted);
     for table in &sorted.left {
         applier.set_state(table, TableState::Error, None).await?;
@@ -359,9 +329,7 @@ fn report_known<P>(progress: &Progress, sorted: &Sorted<'_, P>) {
     let state = |own: &Option<P>| if own.is_some() { TableState::CatchingUp } else { TableState::Ready };
     let followed = sorted.followed.iter().map(|(table, own)| (table.source().clone(), state(own)));
     let others = [(&sorted.to_copy, TableState::Init), (&sorted.left, TableState::Error)];
-    let others = others
-        .into_iter()
-        .flat_map(|(tables, state)| tables.iter().map(move |table| (table.source().clone(), state)));
+    let others = others.into_iter().flat_map(|(tables, state)| tables.iter().map(move |table| (table.source().clone(), state)));
     progress.set_tables(followed.chain(others).collect());
 }
 
@@ -371,6 +339,7 @@ async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Out
     let mut look = tokio::time::interval(std::time::Duration::from_secs(1));
     let result = loop {
         tokio::select! {
+            biased;
             result = &mut step => break result,
             _ = look.tick() => job.progress.set_waiting(job.source.waiting()),
         }
@@ -381,9 +350,5 @@ async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Out
 
 /// The error of a task that ended without an answer.
 pub(super) fn lost_task(error: &tokio::task::JoinError) -> Error {
-    Error::new(
-        Class::Bug,
-        reason::INTERNAL_ERROR,
-        format!("a task ended without an answer: {error}"),
-    )
+    Error::new(Class::Bug, reason::INTERNAL_ERROR, format!("a task ended without an answer: {error}"))
 }

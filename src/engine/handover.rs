@@ -29,10 +29,7 @@ pub struct Handover<P> {
 impl<P: Position> Handover<P> {
     /// A stream at its checkpoint, with no tables.
     pub fn new(checkpoint: P) -> Self {
-        Self {
-            checkpoint,
-            tables: HashMap::new(),
-        }
+        Self { checkpoint, tables: HashMap::new() }
     }
 
     /// P: the position up to which everything due has been applied.
@@ -42,14 +39,7 @@ impl<P: Position> Handover<P> {
 
     /// A table that equals the source at `right_up_to`; `None`: at the checkpoint.
     pub fn follow(&mut self, id: u32, name: QualifiedName, right_up_to: Option<P>) {
-        self.tables.insert(
-            id,
-            Following {
-                name,
-                right_up_to,
-                error: false,
-            },
-        );
+        self.tables.insert(id, Following { name, right_up_to, error: false });
     }
 
     /// A table whose changes no longer come: none is applied any more. Says whether that is new.
@@ -125,11 +115,8 @@ mod tests {
     /// A part whose transactions hold one change each and end at `ends`; then one change of a transaction whose commit
     /// record starts at `open_from`.
     fn part(ends: &[u64], open_from: Option<u64>) -> Part<Pos> {
-        let boundaries = ends.iter().enumerate().map(|(i, end)| Boundary {
-            changes: i + 1,
-            end: Pos(*end),
-            committed_at: SystemTime::UNIX_EPOCH,
-        });
+        let boundaries =
+            ends.iter().enumerate().map(|(i, end)| Boundary { changes: i + 1, end: Pos(*end), committed_at: SystemTime::UNIX_EPOCH });
         Part {
             batch: Batch::default(),
             boundaries: boundaries.collect(),

@@ -155,10 +155,7 @@ impl Progress {
 
     pub(super) fn set_tables(&self, tables: BTreeMap<QualifiedName, TableState>) {
         let mut state = self.state();
-        let errors = tables
-            .iter()
-            .filter(|(_, table)| **table == TableState::Error)
-            .map(|(name, _)| name.to_string());
+        let errors = tables.iter().filter(|(_, table)| **table == TableState::Error).map(|(name, _)| name.to_string());
         let errors: Vec<String> = errors.collect();
         state.view.table_errors.retain(|name, _| errors.contains(name));
         state.tables = tables;
@@ -228,26 +225,13 @@ mod tests {
         assert_eq!(view.lag_bytes, Some(20));
         assert!(view.lag_seconds.is_some_and(|seconds| seconds > 1_000_000));
         progress.set_position(&Pos(20), &Pos(20), &Pos(30));
-        assert_eq!(
-            progress.view().lag_seconds,
-            Some(0),
-            "what comes next does not concern this stream yet"
-        );
+        assert_eq!(progress.view().lag_seconds, Some(0), "what comes next does not concern this stream yet");
     }
 
     #[test]
     fn a_new_session_keeps_counts_and_forgets_its_state() {
         let progress = Progress::new();
-        progress.applied(
-            Applied {
-                inserts: 2,
-                updates: 1,
-                deletes: 1,
-                committed: true,
-            },
-            10,
-            None,
-        );
+        progress.applied(Applied { inserts: 2, updates: 1, deletes: 1, committed: true }, 10, None);
         progress.set_phase(Phase::Streaming);
         progress.begin_session();
         let view = progress.view();

@@ -85,7 +85,7 @@ pub fn decide<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>>
 
 fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint<P>, log: &LogState<P>) -> Result<Start<P>> {
     let position = &checkpoint.position;
-    if !(log.confirmed <= *position) {
+    if !holds(position, &log.confirmed) {
         return Err(Error::stop(
             reason::CHECKPOINT_BEHIND_SLOT,
             format!(
@@ -104,10 +104,13 @@ fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint
             ),
         ));
     }
-    Ok(Start::Resume {
-        position: position.clone(),
-        new_timeline,
-    })
+    Ok(Start::Resume { position: position.clone(), new_timeline })
+}
+
+/// Whether a target at `position` holds everything up to `confirmed`. Positions that can't be compared hold nothing of
+/// each other.
+fn holds<P: Position>(position: &P, confirmed: &P) -> bool {
+    confirmed <= position
 }
 
 fn from_start_position<P: Position>(slot: &str, facts: &Facts<'_, P>, log: &LogState<P>) -> Result<Start<P>> {
@@ -117,13 +120,10 @@ fn from_start_position<P: Position>(slot: &str, facts: &Facts<'_, P>, log: &LogS
             "snapshot.enabled is false: snapshot.startPosition must say up to where the target equals the source",
         ));
     };
-    if !(log.confirmed <= *start) {
+    if !holds(start, &log.confirmed) {
         return Err(Error::stop(
             reason::CHECKPOINT_BEHIND_SLOT,
-            format!(
-                "slot {slot} was confirmed up to {}, after startPosition {start}: the changes between are gone",
-                log.confirmed
-            ),
+            format!("slot {slot} was confirmed up to {}, after startPosition {start}: the changes between are gone", log.confirmed),
         ));
     }
     Ok(Start::From(start.clone()))
@@ -138,10 +138,7 @@ pub fn check_mapping(selection: &Selection) -> Result<()> {
     let mut targets = HashMap::new();
     for table in tables {
         if let Some(other) = targets.insert(&table.target, &table.source) {
-            return Err(Error::stop(
-                reason::DUPLICATE_TARGET,
-                format!("{other} and {} both go to {}", table.source, table.target),
-            ));
+            return Err(Error::stop(reason::DUPLICATE_TARGET, format!("{other} and {} both go to {}", table.source, table.target)));
         }
     }
     Ok(())
@@ -154,37 +151,16 @@ mod tests {
     use crate::engine::testing::Pos;
 
     fn checkpoint(position: u64, timeline: i64) -> Checkpoint<Pos> {
-        let owner = Owner {
-            namespace: "n".into(),
-            name: "m".into(),
-            uid: "u".into(),
-        };
-        Checkpoint {
-            position: Pos(position),
-            timeline,
-            owner,
-            tables: HashMap::new(),
-        }
+        let owner = Owner { namespace: "n".into(), name: "m".into(), uid: "u".into() };
+        Checkpoint { position: Pos(position), timeline, owner, tables: HashMap::new() }
     }
 
     fn slot(confirmed: u64) -> LogState<Pos> {
-        LogState {
-            confirmed: Pos(confirmed),
-            lost: None,
-            active: None,
-        }
+        LogState { confirmed: Pos(confirmed), lost: None, active: None }
     }
 
     fn facts<'a>(checkpoint: Option<&'a Checkpoint<Pos>>, log: Option<&'a LogState<Pos>>) -> Facts<'a, Pos> {
-        Facts {
-            checkpoint,
-            log_intended: false,
-            log,
-            timeline: 1,
-            left_at: None,
-            snapshot: true,
-            start_position: None,
-        }
+        Facts { checkpoint, log_intended: false, log, timeline: 1, left_at: None, snapshot: true, start_position: None }
     }
 
     fn refused(facts: &Facts<'_, Pos>) -> &'static str {
@@ -209,13 +185,7 @@ mod tests {
     fn the_checkpoint_may_be_at_or_after_the_confirmed_position_but_not_before() {
         let (held, log) = (checkpoint(10, 1), slot(10));
         let start = decide("s", &facts(Some(&held), Some(&log))).unwrap();
-        assert_eq!(
-            start,
-            Start::Resume {
-                position: Pos(10),
-                new_timeline: false
-            }
-        );
+        assert_eq!(start, Start::Resume { position: Pos(10), new_timeline: false });
         assert_eq!(refused(&facts(Some(&held), Some(&slot(11)))), reason::CHECKPOINT_BEHIND_SLOT);
         assert_eq!(refused(&facts(Some(&held), None)), reason::CHECKPOINT_WITHOUT_SLOT);
     }
@@ -229,22 +199,13 @@ mod tests {
         facts.left_at = Some(&Pos(9));
         assert_eq!(refused(&facts), reason::TIMELINE_DIVERGED);
         facts.left_at = Some(&Pos(10));
-        assert_eq!(
-            decide("s", &facts).unwrap(),
-            Start::Resume {
-                position: Pos(10),
-                new_timeline: true
-            }
-        );
+        assert_eq!(decide("s", &facts).unwrap(), Start::Resume { position: Pos(10), new_timeline: true });
     }
 
     #[test]
     fn a_lost_slot_is_never_continued() {
         let held = checkpoint(10, 1);
-        let log = LogState {
-            lost: Some("wal_removed".into()),
-            ..slot(5)
-        };
+        let log = LogState { lost: Some("wal_removed".into()), ..slot(5) };
         assert_eq!(refused(&facts(Some(&held), Some(&log))), reason::SLOT_LOST);
     }
 

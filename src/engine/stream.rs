@@ -54,18 +54,8 @@ where
         log = source.open(handover.checkpoint(), &tables, limits) => log?,
     };
     let now = Instant::now();
-    let mut follower = Follower {
-        source,
-        log,
-        tables,
-        handover,
-        applier,
-        progress,
-        open: false,
-        idle: None,
-        idle_since: now,
-        membership_checked: now,
-    };
+    let mut follower =
+        Follower { source, log, tables, handover, applier, progress, open: false, idle: None, idle_since: now, membership_checked: now };
     let result = tokio::select! {
         biased;
         () = stop.now.cancelled() => None,
@@ -189,11 +179,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         for (name, state) in self.handover.states().filter(|(_, state)| *state != TableState::Error) {
             self.progress.set_table(name, state);
         }
-        self.progress.set_phase(if self.handover.is_catching_up() {
-            Phase::CatchingUp
-        } else {
-            Phase::Streaming
-        });
+        self.progress.set_phase(if self.handover.is_catching_up() { Phase::CatchingUp } else { Phase::Streaming });
     }
 
     fn show_position(&self) {

@@ -1,4 +1,4 @@
-#!/usr/bin/sh
+#!/bin/sh
 # PostgreSQL in a pod, as an unprivileged user. Arguments go to the server, such as: -c fsync=off
 #   POSTGRES_PASSWORD   password of the superuser `postgres`, used when the data folder is first made  (required)
 #   POSTGRES_DB         a database to make then                                                        (none)
