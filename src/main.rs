@@ -48,9 +48,7 @@ fn mirror(options: &worker::Options) -> Result<ExitCode, Box<dyn Error>> {
     sluice::telemetry::init(options.log_format, &options.log_level)?;
     let exit = block_on(async {
         let terminate = on_signals()?;
-        let listener = TcpListener::bind(options.listen)
-            .await
-            .map_err(|error| format!("{}: {error}", options.listen))?;
+        let listener = TcpListener::bind(options.listen).await.map_err(|error| format!("{}: {error}", options.listen))?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), listen = %listener.local_addr()?, "worker starts");
         Ok(worker::run::run(options.settings(), listener, Connectors, terminate).await)
     })?;

@@ -30,9 +30,7 @@ pub enum TelemetryError {
 /// # Errors
 /// The text is neither.
 pub fn filter(text: &str) -> Result<EnvFilter, TelemetryError> {
-    EnvFilter::builder()
-        .parse(text)
-        .map_err(|_| TelemetryError::Filter(text.to_owned()))
+    EnvFilter::builder().parse(text).map_err(|_| TelemetryError::Filter(text.to_owned()))
 }
 
 /// Sets up logs for the process. Called once, before anything is logged.
@@ -40,9 +38,7 @@ pub fn filter(text: &str) -> Result<EnvFilter, TelemetryError> {
 /// # Errors
 /// The filter can't be read, or logs have been set up before.
 pub fn init(format: LogFormat, level: &str) -> Result<(), TelemetryError> {
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter(level)?)
-        .with_writer(std::io::stderr);
+    let logs = tracing_subscriber::fmt().with_env_filter(filter(level)?).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).try_init()?,
         LogFormat::Json => logs.json().flatten_event(true).with_current_span(false).try_init()?,

@@ -96,12 +96,7 @@ impl Board {
     /// For people: what the mounted document lacks.
     pub fn desired(&self) -> Result<Arc<Desired>, String> {
         let facts = self.facts();
-        let why = || {
-            facts
-                .config_error
-                .clone()
-                .unwrap_or_else(|| "no desired document has arrived".to_owned())
-        };
+        let why = || facts.config_error.clone().unwrap_or_else(|| "no desired document has arrived".to_owned());
         facts.desired.clone().ok_or_else(why)
     }
 
@@ -217,13 +212,7 @@ impl LastFailure {
     /// What is shown of an engine's error.
     #[must_use]
     pub fn of(error: &Error, redactor: &Redactor, count: u32, next_try: Option<Instant>) -> Self {
-        Self {
-            class: error.class,
-            reason: error.reason,
-            message: redactor.clean(&error.message),
-            count,
-            next_try,
-        }
+        Self { class: error.class, reason: error.reason, message: redactor.clean(&error.message), count, next_try }
     }
 }
 
@@ -272,10 +261,7 @@ mod tests {
         };
         let running = status("pod-1", &desired(7), &facts, view.clone());
         assert_eq!((running.generation, running.epoch, running.phase), (7, 3, Phase::Streaming));
-        assert_eq!(
-            (running.lag_bytes, running.lag_seconds, running.streaming),
-            (Some(10), Some(2), true)
-        );
+        assert_eq!((running.lag_bytes, running.lag_seconds, running.streaming), (Some(10), Some(2), true));
         assert_eq!(running.table_errors.len(), TABLE_ERRORS);
         assert_eq!(running.table_errors["public.t00"], "said ***");
         assert_eq!(running.error, None);
@@ -286,19 +272,10 @@ mod tests {
         facts.failure = Some(LastFailure::of(&error, &facts.redactor, 2, Some(next_try)));
         facts.config_error = Some("also".to_owned());
         let waiting = status("pod-1", &desired(7), &facts, view);
-        assert_eq!(
-            (waiting.lag_bytes, waiting.lag_seconds, waiting.streaming, waiting.waiting),
-            (None, None, false, None)
-        );
+        assert_eq!((waiting.lag_bytes, waiting.lag_seconds, waiting.streaming, waiting.waiting), (None, None, false, None));
         let shown = waiting.error.unwrap();
-        assert_eq!(
-            (shown.class.as_str(), shown.reason.as_str(), shown.count),
-            ("Retry", "SourceUnreachable", 2)
-        );
-        assert_eq!(
-            (shown.message.as_str(), shown.retry_in_seconds),
-            ("no route, password ***", Some(20))
-        );
+        assert_eq!((shown.class.as_str(), shown.reason.as_str(), shown.count), ("Retry", "SourceUnreachable", 2));
+        assert_eq!((shown.message.as_str(), shown.retry_in_seconds), ("no route, password ***", Some(20)));
         facts.failure = None;
         assert_eq!(failure(&facts).unwrap().reason, reason::INVALID_SPEC);
     }

@@ -89,12 +89,7 @@ pub fn judge(current: Option<&Desired>, offered: &Desired) -> Verdict {
 /// session; everything else is.
 #[must_use]
 pub fn session_differs(old: &Desired, new: &Desired) -> bool {
-    let session = |desired: &Desired| Desired {
-        generation: 0,
-        suspend: false,
-        public_keys: Vec::new(),
-        ..desired.clone()
-    };
+    let session = |desired: &Desired| Desired { generation: 0, suspend: false, public_keys: Vec::new(), ..desired.clone() };
     session(old) != session(new)
 }
 
@@ -119,26 +114,14 @@ impl Mounted {
     /// The document in a mounted folder.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        Self {
-            path: folder.join(DESIRED_FILE),
-            seen: None,
-        }
+        Self { path: folder.join(DESIRED_FILE), seen: None }
     }
 
     /// The document, when it is another than at the last look. A file that could not be read is read again at the next.
     pub fn look(&mut self) -> Option<Result<Desired, ConfigError>> {
-        let io_error = |error| ConfigError::Io {
-            path: self.path.display().to_string(),
-            error,
-        };
+        let io_error = |error| ConfigError::Io { path: self.path.display().to_string(), error };
         let stamp = match fs::metadata(&self.path) {
-            Ok(of) => Stamp {
-                device: of.dev(),
-                inode: of.ino(),
-                seconds: of.mtime(),
-                nanoseconds: of.mtime_nsec(),
-                size: of.size(),
-            },
+            Ok(of) => Stamp { device: of.dev(), inode: of.ino(), seconds: of.mtime(), nanoseconds: of.mtime_nsec(), size: of.size() },
             Err(error) => {
                 self.seen = None;
                 return Some(Err(io_error(error)));
@@ -168,9 +151,7 @@ impl Copy {
     /// The copy in the state folder.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        Self {
-            path: folder.join(DESIRED_FILE),
-        }
+        Self { path: folder.join(DESIRED_FILE) }
     }
 
     /// The document that was stored last; `None` when there is none.
@@ -202,10 +183,7 @@ impl Copy {
     }
 
     fn error(&self, error: io::Error) -> ConfigError {
-        ConfigError::Io {
-            path: self.path.display().to_string(),
-            error,
-        }
+        ConfigError::Io { path: self.path.display().to_string(), error }
     }
 }
 
@@ -249,10 +227,7 @@ mod tests {
 
     #[test]
     fn the_version_is_looked_at_first() {
-        assert!(matches!(
-            parse(br#"{"contract":7,"wholly":"different"}"#),
-            Err(ConfigError::UnknownContract(7))
-        ));
+        assert!(matches!(parse(br#"{"contract":7,"wholly":"different"}"#), Err(ConfigError::UnknownContract(7))));
         assert!(matches!(parse(br#"{"contract":1}"#), Err(ConfigError::Malformed(_))));
         assert!(matches!(parse(b"{"), Err(ConfigError::Malformed(_))));
         assert!(matches!(parse(&vec![b' '; BODY_LIMIT + 1]), Err(ConfigError::TooLarge)));
@@ -292,10 +267,7 @@ mod tests {
         copy.store(&desired(1)).unwrap();
         copy.store(&desired(2)).unwrap();
         assert_eq!(copy.load().unwrap(), Some(desired(2)));
-        let left: Vec<_> = fs::read_dir(folder.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
+        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [DESIRED_FILE]);
         fs::write(folder.path().join(DESIRED_FILE), "{").unwrap();
         assert!(copy.load().is_err());

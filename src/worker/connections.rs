@@ -30,11 +30,7 @@ impl Connections {
     /// On a listening socket.
     #[must_use]
     pub fn new(listener: TcpListener) -> Self {
-        Self {
-            listener,
-            places: Arc::new(Semaphore::new(CONNECTIONS)),
-            without_answer: WITHOUT_ANSWER,
-        }
+        Self { listener, places: Arc::new(Semaphore::new(CONNECTIONS)), without_answer: WITHOUT_ANSWER }
     }
 }
 
@@ -51,12 +47,8 @@ impl Listener for Connections {
             }
         };
         let (stream, address) = Listener::accept(&mut self.listener).await;
-        let connection = Connection {
-            stream,
-            deadline: Box::pin(sleep(self.without_answer)),
-            without_answer: self.without_answer,
-            _place: place,
-        };
+        let connection =
+            Connection { stream, deadline: Box::pin(sleep(self.without_answer)), without_answer: self.without_answer, _place: place };
         (connection, address)
     }
 
@@ -131,9 +123,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), trickle)
-            .await
-            .expect("the connection is closed");
+        tokio::time::timeout(Duration::from_secs(10), trickle).await.expect("the connection is closed");
     }
 
     #[tokio::test]
@@ -141,16 +131,10 @@ mod tests {
         let address = server(1, Duration::from_millis(300)).await;
         let _idle = TcpStream::connect(address).await.unwrap();
         let mut client = TcpStream::connect(address).await.unwrap();
-        client
-            .write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            .await
-            .unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
         let mut answer = String::new();
         let read = client.read_to_string(&mut answer);
-        tokio::time::timeout(Duration::from_secs(10), read)
-            .await
-            .expect("the idle one gives up its place")
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(10), read).await.expect("the idle one gives up its place").unwrap();
         assert!(answer.ends_with("hello"), "{answer}");
     }
 }

@@ -110,9 +110,7 @@ impl Redactor {
         let mut passwords: Vec<&str> = self.secrets.iter().map(|secret| secret.0.as_str()).collect();
         // One may be a part of another: the longer is taken out first.
         passwords.sort_by_key(|password| std::cmp::Reverse(password.len()));
-        let clean = passwords
-            .into_iter()
-            .fold(text.to_owned(), |text, password| text.replace(password, "***"));
+        let clean = passwords.into_iter().fold(text.to_owned(), |text, password| text.replace(password, "***"));
         cut(clean)
     }
 }
@@ -140,10 +138,7 @@ pub(crate) mod tests {
             ca: None,
             client_certificate: None,
         };
-        Credentials {
-            source: login(source),
-            target: login(target),
-        }
+        Credentials { source: login(source), target: login(target) }
     }
 
     fn write(folder: &Path, name: &str, text: &str) {
@@ -170,10 +165,7 @@ pub(crate) mod tests {
         desired.target.client_certificate = true;
         let error = Credentials::read(&desired).unwrap_err();
         assert_eq!(error.reason, reason::INVALID_SPEC);
-        assert!(
-            error.message.starts_with("target: ") && error.message.contains("ca/ca.crt: missing"),
-            "{error}"
-        );
+        assert!(error.message.starts_with("target: ") && error.message.contains("ca/ca.crt: missing"), "{error}");
         for (name, text) in [("ca/ca.crt", "CA\n"), ("client/tls.crt", "CERT\n"), ("client/tls.key", "KEY\n")] {
             write(Path::new(&desired.target.folder), name, text);
         }
@@ -187,10 +179,7 @@ pub(crate) mod tests {
         let mut redactor = Redactor::default();
         redactor.learn(&credentials("secret", "secret-longer"));
         redactor.learn(&credentials("", "rotated"));
-        assert_eq!(
-            redactor.clean("secret, secret-longer and rotated: refused"),
-            "***, *** and ***: refused"
-        );
+        assert_eq!(redactor.clean("secret, secret-longer and rotated: refused"), "***, *** and ***: refused");
         (0..50).for_each(|n| redactor.learn(&credentials(&format!("password {n}"), "")));
         assert_eq!(redactor.secrets.len(), REMEMBERED);
     }

@@ -55,11 +55,7 @@ struct Refusal {
 
 impl Refusal {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            code,
-            message: message.into(),
-        }
+        Self { status, code, message: message.into() }
     }
 
     fn not_ready(message: impl Into<String>) -> Self {
@@ -133,30 +129,24 @@ fn check_announced_size(headers: &HeaderMap) -> Result<(), Refusal> {
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let announced: Option<usize> = announced.and_then(|text| text.parse().ok());
     match announced {
-        Some(size) if size > BODY_LIMIT => Err(Refusal::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "UnreadableBody",
-            format!("the body is larger than {BODY_LIMIT} bytes"),
-        )),
+        Some(size) if size > BODY_LIMIT => {
+            Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "UnreadableBody", format!("the body is larger than {BODY_LIMIT} bytes")))
+        }
         _ => Ok(()),
     }
 }
 
 async fn status(State(api): State<Api>, headers: HeaderMap) -> Result<Json<Status>, Refusal> {
     check_body(&authorize(&api, &headers)?, b"")?;
-    let status = api
-        .board
-        .status()
-        .ok_or_else(|| Refusal::not_ready("no desired document is in effect"))?;
+    let status = api.board.status().ok_or_else(|| Refusal::not_ready("no desired document is in effect"))?;
     Ok(Json(status))
 }
 
 async fn put_desired(State(api): State<Api>, request: Request) -> Result<StatusCode, Refusal> {
     let grant = authorize(&api, request.headers())?;
     check_announced_size(request.headers())?;
-    let body = Bytes::from_request(request, &())
-        .await
-        .map_err(|error| Refusal::new(error.status(), "UnreadableBody", error.body_text()))?;
+    let body =
+        Bytes::from_request(request, &()).await.map_err(|error| Refusal::new(error.status(), "UnreadableBody", error.body_text()))?;
     check_body(&grant, &body)?;
     let desired = parse(&body).map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "InvalidDocument", error.to_string()))?;
     let ending = || Refusal::not_ready("the worker is ending");
@@ -168,21 +158,15 @@ async fn put_desired(State(api): State<Api>, request: Request) -> Result<StatusC
         Pushed::Judged(Verdict::Older) => conflict("OlderGeneration", "a document of a higher generation is in effect"),
         Pushed::Judged(Verdict::Conflict) => conflict("SameGeneration", "another document of this generation is in effect"),
         Pushed::Judged(Verdict::OtherMirror) => conflict("OtherMirror", "this worker belongs to another Mirror"),
-        Pushed::NotStored(why) => Err(Refusal::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "NotStored",
-            format!("the document is in effect but not stored: {why}"),
-        )),
+        Pushed::NotStored(why) => {
+            Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NotStored", format!("the document is in effect but not stored: {why}")))
+        }
     }
 }
 
 /// The event loop turns. Databases have no say in it: an outage of theirs must restart no worker.
 async fn livez(State(api): State<Api>) -> Result<&'static str, Refusal> {
-    if api.board.is_alive() {
-        Ok("ok")
-    } else {
-        Err(Refusal::not_ready("the event loop stands still"))
-    }
+    if api.board.is_alive() { Ok("ok") } else { Err(Refusal::not_ready("the event loop stands still")) }
 }
 
 /// A desired document is in effect and the worker does what it says: copy, stream, or rest when suspended. Not ready

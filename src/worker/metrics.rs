@@ -87,11 +87,7 @@ fn encode_session(out: &mut Output<'_>, view: &View) -> fmt::Result {
 
 fn encode_worker(out: &mut Output<'_>, facts: &Facts, phase: Option<Phase>) -> fmt::Result {
     let generation = facts.desired.as_ref().map_or(0, |desired| desired.generation);
-    out.gauge(
-        "generation",
-        "Generation of the desired document in effect",
-        generation.unsigned_abs(),
-    )?;
+    out.gauge("generation", "Generation of the desired document in effect", generation.unsigned_abs())?;
     let phases: Vec<_> = PHASES.iter().map(|each| (word(*each), u64::from(Some(*each) == phase))).collect();
     out.gauges("phase", "1 for the phase the worker is in, else 0", "phase", &phases)?;
     out.counter("sessions", "Sessions begun; each but the first is a restart", facts.sessions)?;
@@ -106,11 +102,7 @@ fn encode_lag(out: &mut Output<'_>, view: &View) -> fmt::Result {
         out.gauge("lag_bytes", "Bytes of log between the source's end and what is applied", bytes)?;
     }
     if let Some(seconds) = view.lag_seconds {
-        out.gauge(
-            "lag_seconds",
-            "Age of the last transaction applied while more is waiting; 0 when level",
-            seconds,
-        )?;
+        out.gauge("lag_seconds", "Age of the last transaction applied while more is waiting; 0 when level", seconds)?;
     }
     Ok(())
 }
@@ -190,11 +182,7 @@ mod tests {
             assert_eq!(text.lines().filter(|found| *found == line).count(), 1, "{line}\n{text}");
         }
         assert!(!text.contains("lag_bytes"), "a suspended worker knows no lag");
-        for (name, _) in text
-            .lines()
-            .filter_map(|line| line.strip_prefix("# HELP "))
-            .filter_map(|line| line.split_once(' '))
-        {
+        for (name, _) in text.lines().filter_map(|line| line.strip_prefix("# HELP ")).filter_map(|line| line.split_once(' ')) {
             assert!(name.starts_with("sluice_worker_"), "{name}");
         }
     }

@@ -20,11 +20,7 @@ fn invalid(message: impl Into<String>) -> Error {
 pub fn stream_config(desired: &Desired) -> Result<StreamConfig> {
     Ok(StreamConfig {
         selection: selection(desired.tables.as_deref(), desired.schemas.as_deref())?,
-        owner: Owner {
-            namespace: desired.mirror.namespace.clone(),
-            name: desired.mirror.name.clone(),
-            uid: desired.mirror.uid.clone(),
-        },
+        owner: Owner { namespace: desired.mirror.namespace.clone(), name: desired.mirror.name.clone(), uid: desired.mirror.uid.clone() },
         slot: desired.slot.clone(),
         snapshot: snapshot(&desired.snapshot)?,
         limits: limits(&desired.stream)?,
@@ -48,18 +44,12 @@ fn table(spec: &TableSpec) -> TableSelection {
 }
 
 fn schema(spec: &SchemaSpec) -> SchemaSelection {
-    SchemaSelection {
-        source: spec.name.clone(),
-        target: spec.target.clone(),
-        exclude_tables: spec.exclude_tables.clone(),
-    }
+    SchemaSelection { source: spec.name.clone(), target: spec.target.clone(), exclude_tables: spec.exclude_tables.clone() }
 }
 
 fn snapshot(spec: &SnapshotSpec) -> Result<SnapshotConfig> {
     if spec.rows_per_partition == 0 || spec.tables_in_parallel == 0 || spec.workers_per_table == 0 {
-        return Err(invalid(
-            "snapshot: rowsPerPartition, tablesInParallel and workersPerTable are at least 1",
-        ));
+        return Err(invalid("snapshot: rowsPerPartition, tablesInParallel and workersPerTable are at least 1"));
     }
     Ok(SnapshotConfig {
         enabled: spec.enabled,
@@ -75,11 +65,7 @@ fn limits(spec: &StreamSpec) -> Result<BatchLimits> {
     if spec.max_batch_rows == 0 || spec.max_batch_bytes == 0 {
         return Err(invalid("stream: maxBatchRows and maxBatchBytes are at least 1"));
     }
-    Ok(BatchLimits {
-        rows: spec.max_batch_rows,
-        bytes: spec.max_batch_bytes,
-        delay: Duration::from_millis(spec.max_delay_milliseconds),
-    })
+    Ok(BatchLimits { rows: spec.max_batch_rows, bytes: spec.max_batch_bytes, delay: Duration::from_millis(spec.max_delay_milliseconds) })
 }
 
 /// How a PostgreSQL server is reached.
@@ -128,11 +114,7 @@ mod tests {
         let users = QualifiedName::new("public", "users");
         assert_eq!(
             config.selection,
-            Selection::Tables(vec![TableSelection {
-                source: users.clone(),
-                target: users,
-                exclude_columns: Vec::new(),
-            }])
+            Selection::Tables(vec![TableSelection { source: users.clone(), target: users, exclude_columns: Vec::new() }])
         );
         assert_eq!(config.owner.uid, "5f0c");
         assert_eq!(config.limits.delay, Duration::from_millis(50));
@@ -140,11 +122,8 @@ mod tests {
 
         let mut schemas = desired(1);
         schemas.tables = None;
-        schemas.schemas = Some(vec![SchemaSpec {
-            name: "sales".to_owned(),
-            target: "dw".to_owned(),
-            exclude_tables: vec!["log".to_owned()],
-        }]);
+        schemas.schemas =
+            Some(vec![SchemaSpec { name: "sales".to_owned(), target: "dw".to_owned(), exclude_tables: vec!["log".to_owned()] }]);
         assert!(matches!(stream_config(&schemas).unwrap().selection, Selection::Schemas(schemas) if schemas[0].target == "dw"));
     }
 
@@ -169,10 +148,7 @@ mod tests {
         let desired = desired(1);
         let login = credentials("pw", "pw").source;
         let endpoint = postgres_endpoint(&desired.source, &login).unwrap();
-        assert_eq!(
-            (endpoint.host.as_str(), endpoint.username.as_str(), endpoint.tls),
-            ("source", "sluice", TlsMode::Prefer)
-        );
+        assert_eq!((endpoint.host.as_str(), endpoint.username.as_str(), endpoint.tls), ("source", "sluice", TlsMode::Prefer));
         let mut spec = desired.source;
         spec.tls_mode = "VerifyFull".to_owned();
         assert!(postgres_endpoint(&spec, &login).is_err(), "no CA");

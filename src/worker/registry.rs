@@ -46,10 +46,7 @@ async fn session(job: Job) -> Result<()> {
     let config = stream_config(&job.desired)?;
     match (job.desired.source.engine.as_str(), job.desired.target.engine.as_str()) {
         ("PostgreSQL", "PostgreSQL") => postgres_to_postgres(job, &config).await,
-        (source, target) => Err(Error::stop(
-            reason::INVALID_SPEC,
-            format!("this worker knows no mirror from {source} to {target}"),
-        )),
+        (source, target) => Err(Error::stop(reason::INVALID_SPEC, format!("this worker knows no mirror from {source} to {target}"))),
     }
 }
 

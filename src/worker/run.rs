@@ -258,11 +258,7 @@ impl<S: Sessions> Worker<S> {
 
     async fn push(&mut self, push: Push) -> Option<Exit> {
         let verdict = self.judge(&push.desired);
-        let exit = if verdict == Verdict::Take {
-            self.take(push.desired).await
-        } else {
-            None
-        };
+        let exit = if verdict == Verdict::Take { self.take(push.desired).await } else { None };
         let answer = match (&self.unstored, verdict) {
             (Some(why), Verdict::Take | Verdict::Same) => Pushed::NotStored(why.clone()),
             _ => Pushed::Judged(verdict),
@@ -274,15 +270,8 @@ impl<S: Sessions> Worker<S> {
 
     /// Puts a document into effect, then keeps it.
     async fn take(&mut self, desired: Desired) -> Option<Exit> {
-        tracing::info!(
-            generation = desired.generation,
-            suspend = desired.suspend,
-            "desired document in effect"
-        );
-        let changed = self
-            .started
-            .as_ref()
-            .is_none_or(|started| session_differs(&started.desired, &desired));
+        tracing::info!(generation = desired.generation, suspend = desired.suspend, "desired document in effect");
+        let changed = self.started.as_ref().is_none_or(|started| session_differs(&started.desired, &desired));
         self.board.facts().desired = Some(Arc::new(desired));
         let exit = self.handle(Input::Wish { changed }).await;
         self.store().await;
@@ -368,10 +357,7 @@ impl<S: Sessions> Worker<S> {
             }
         };
         self.session = Some(Session { task, stop });
-        self.started = Some(Started {
-            desired,
-            credentials: credentials.ok(),
-        });
+        self.started = Some(Started { desired, credentials: credentials.ok() });
         let mut facts = self.board.facts();
         facts.sessions += 1;
         if let Some(failure) = &mut facts.failure {
@@ -411,12 +397,7 @@ impl<S: Sessions> Worker<S> {
             let causes = facts.redactor.clean(&causes(error));
             let message = facts.redactor.clean(&error.message);
             drop(facts);
-            tracing::warn!(
-                class = error.class.as_str(),
-                reason = error.reason,
-                causes,
-                "the session failed: {message}"
-            );
+            tracing::warn!(class = error.class.as_str(), reason = error.reason, causes, "the session failed: {message}");
         }
         if class == Some(Class::Fenced) {
             tracing::error!("another worker has claimed this stream: this one must not write any more and ends");
@@ -428,10 +409,7 @@ impl<S: Sessions> Worker<S> {
         let pause = self.backoff.next(class);
         let next_try = Instant::now() + pause;
         self.deadline = Some(next_try);
-        let error = self
-            .failure
-            .take()
-            .unwrap_or_else(|| Error::bug("the session ended without being told to"));
+        let error = self.failure.take().unwrap_or_else(|| Error::bug("the session ended without being told to"));
         let mut facts = self.board.facts();
         let failure = LastFailure::of(&error, &facts.redactor, self.backoff.failures(), Some(next_try));
         facts.failure = Some(failure);

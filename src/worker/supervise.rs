@@ -164,15 +164,9 @@ mod tests {
     #[test]
     fn suspend_cancels_at_once() {
         assert_eq!(decide(Running, Wanted::Suspend, SAME), (Stopping(Cancel), Action::Stop(Cancel)));
-        assert_eq!(
-            decide(Stopping(Finish), Wanted::Suspend, SAME),
-            (Stopping(Cancel), Action::Stop(Cancel))
-        );
+        assert_eq!(decide(Stopping(Finish), Wanted::Suspend, SAME), (Stopping(Cancel), Action::Stop(Cancel)));
         assert_eq!(decide(Stopping(Cancel), Wanted::Suspend, SAME), (Stopping(Cancel), Action::Keep));
-        assert_eq!(
-            decide(Stopping(Cancel), Wanted::Suspend, Input::Ended(None)),
-            (Suspended, Action::Rest)
-        );
+        assert_eq!(decide(Stopping(Cancel), Wanted::Suspend, Input::Ended(None)), (Suspended, Action::Rest));
         assert_eq!(decide(Waiting(Class::Retry), Wanted::Suspend, SAME), (Suspended, Action::Rest));
         // Resumed before the session had ended.
         assert_eq!(decide(Stopping(Cancel), Wanted::Run, SAME), (Stopping(Cancel), Action::Keep));
@@ -188,25 +182,16 @@ mod tests {
         let ended = Input::Ended(Some(Class::Stop));
         assert_eq!(decide(Stopping(Finish), Wanted::Run, ended), (Running, Action::Start));
         assert_eq!(decide(Waiting(Class::Stop), Wanted::Run, OTHER), (Running, Action::Start));
-        assert_eq!(
-            decide(Waiting(Class::Stop), Wanted::Run, SAME),
-            (Waiting(Class::Stop), Action::Keep)
-        );
+        assert_eq!(decide(Waiting(Class::Stop), Wanted::Run, SAME), (Waiting(Class::Stop), Action::Keep));
     }
 
     #[test]
     fn failures_wait_and_fencing_ends() {
         for class in [Class::Retry, Class::Stop, Class::Bug] {
-            assert_eq!(
-                decide(Running, Wanted::Run, Input::Ended(Some(class))),
-                (Waiting(class), Action::Pause(class))
-            );
+            assert_eq!(decide(Running, Wanted::Run, Input::Ended(Some(class))), (Waiting(class), Action::Pause(class)));
             assert_eq!(decide(Waiting(class), Wanted::Run, Input::Elapsed), (Running, Action::Start));
         }
-        assert_eq!(
-            decide(Running, Wanted::Run, Input::Ended(None)),
-            (Waiting(Class::Bug), Action::Pause(Class::Bug))
-        );
+        assert_eq!(decide(Running, Wanted::Run, Input::Ended(None)), (Waiting(Class::Bug), Action::Pause(Class::Bug)));
         for state in [Running, Stopping(Finish), Stopping(Cancel)] {
             let fenced = Input::Ended(Some(Class::Fenced));
             assert_eq!(decide(state, Wanted::Suspend, fenced), (Idle, Action::Exit(Exit::Fenced)));
@@ -217,18 +202,9 @@ mod tests {
     #[test]
     fn stopping_becomes_more_urgent() {
         assert_eq!(decide(Running, Wanted::Exit, SAME), (Stopping(Finish), Action::Stop(Finish)));
-        assert_eq!(
-            decide(Stopping(Finish), Wanted::Exit, Input::Elapsed),
-            (Stopping(Cancel), Action::Stop(Cancel))
-        );
-        assert_eq!(
-            decide(Stopping(Cancel), Wanted::Exit, Input::Elapsed),
-            (Stopping(Abort), Action::Stop(Abort))
-        );
-        assert_eq!(
-            decide(Stopping(Abort), Wanted::Exit, Input::Elapsed),
-            (Idle, Action::Exit(Exit::Stuck))
-        );
+        assert_eq!(decide(Stopping(Finish), Wanted::Exit, Input::Elapsed), (Stopping(Cancel), Action::Stop(Cancel)));
+        assert_eq!(decide(Stopping(Cancel), Wanted::Exit, Input::Elapsed), (Stopping(Abort), Action::Stop(Abort)));
+        assert_eq!(decide(Stopping(Abort), Wanted::Exit, Input::Elapsed), (Idle, Action::Exit(Exit::Stuck)));
         for urgency in [Finish, Cancel, Abort] {
             let exit = (Idle, Action::Exit(Exit::Stopped));
             assert_eq!(decide(Stopping(urgency), Wanted::Exit, Input::Ended(None)), exit);
