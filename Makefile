@@ -26,7 +26,7 @@ lint: ## Formatting, clippy, shell scripts
 unit: ## Rust tests: unit, schema, connectors, control plane
 	@e2e/test.sh rust
 
-chart: ## Checks of the Helm chart without a cluster
+chart: ## Checks of the Helm chart and the kustomize bases, without a cluster
 	@e2e/test.sh chart
 
 e2e: ## End-to-end tests on a one-node cluster of their own

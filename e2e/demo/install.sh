@@ -5,7 +5,7 @@
 SYSTEM_NAMESPACE=sluice-system
 KINDS=(mirrors sources targets)
 
-BINARY=${CARGO_TARGET_DIR:-$REPO/target}/release/sluice
+BINARY=$CARGO_TARGET_DIR/release/sluice
 build_binary() { cd "$REPO" && cargo build --release --locked; }
 # A tag that changes with the binary: a pod never runs an older image of the same name.
 binary_tag() { echo "dev-$(sha256sum < "$BINARY" | cut -c1-10)"; }

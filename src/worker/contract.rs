@@ -1,7 +1,7 @@
 //! The HTTP contract between the operator and a worker, version 1.
 //!
 //! * `GET /v1/status` → [`Status`], `PUT /v1/desired` with a [`Desired`] → 204, or 409 with an older generation;
-//!   both signed (see `docs/src/internals/worker-contract.md`).
+//!   both signed: `Authorization: Bearer` with a token of [`super::token::sign`].
 //! * `/livez`, `/readyz`, `/metrics`: unsigned.
 //!
 //! Fields are only ever added; unknown ones are ignored. An operator speaks versions N and N−1.
@@ -260,4 +260,53 @@ pub struct Failure {
     /// Seconds until the next try.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_in_seconds: Option<u64>,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A small, complete document.
+    pub(crate) fn desired(generation: i64) -> Desired {
+        let endpoint = |host: &str, folder: &str| EndpointSpec {
+            engine: "PostgreSQL".to_owned(),
+            host: host.to_owned(),
+            port: 5432,
+            database: "shop".to_owned(),
+            tls_mode: "Prefer".to_owned(),
+            folder: folder.to_owned(),
+            ca_key: None,
+            client_certificate: false,
+            parameters: BTreeMap::new(),
+            connect_timeout_seconds: 10,
+        };
+        Desired {
+            contract: VERSION,
+            generation,
+            mirror: MirrorId { namespace: "shop".to_owned(), name: "users".to_owned(), uid: "5f0c".to_owned() },
+            source: endpoint("source", SOURCE_FOLDER),
+            target: endpoint("target", TARGET_FOLDER),
+            slot: "sluice_users".to_owned(),
+            publication: "sluice_users".to_owned(),
+            tables: Some(vec![TableSpec {
+                schema: "public".to_owned(),
+                name: "users".to_owned(),
+                target_schema: "public".to_owned(),
+                target_name: "users".to_owned(),
+                exclude_columns: Vec::new(),
+            }]),
+            schemas: None,
+            snapshot: SnapshotSpec {
+                enabled: true,
+                truncate: false,
+                start_position: None,
+                rows_per_partition: 250_000,
+                tables_in_parallel: 4,
+                workers_per_table: 4,
+            },
+            stream: StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16 * 1024 * 1024, max_delay_milliseconds: 50 },
+            suspend: false,
+            public_keys: Vec::new(),
+        }
+    }
 }

@@ -1,0 +1,254 @@
+//! Claims a stream.
+
+use super::super::lsn::Lsn;
+use super::super::target::failed;
+use super::{Claim, fenced, parse_state};
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::{Checkpoint, Claimed, Owner, StreamKey, TableCheckpoint};
+use crate::engine::table::QualifiedName;
+use sha2::{Digest as _, Sha256};
+use std::collections::HashMap;
+use tokio_postgres::{Client, Row};
+
+/// How often another claimer may come between before this one gives way for a while.
+const TRIES: usize = 5;
+
+/// A stream's row, as far as a claim decides by it.
+struct StreamRow {
+    epoch: i64,
+    owner: Owner,
+    position: Option<String>,
+    timeline: i64,
+    log_intended: bool,
+}
+
+impl StreamRow {
+    const COLUMNS: &str = "epoch, mirror_namespace, mirror_name, mirror_uid, position, timeline, log_intended";
+
+    fn read(row: &Row) -> Self {
+        Self {
+            epoch: row.get(0),
+            owner: Owner {
+                namespace: row.get(1),
+                name: row.get(2),
+                uid: row.get(3),
+            },
+            position: row.get(4),
+            timeline: row.get(5),
+            log_intended: row.get(6),
+        }
+    }
+
+    fn may_be_claimed(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<()> {
+        if (&self.owner.namespace, &self.owner.name) != (&owner.namespace, &owner.name) {
+            return Err(Error::stop(
+                reason::CHECKPOINT_OF_ANOTHER_MIRROR,
+                format!(
+                    "the checkpoint of slot {} on the target belongs to Mirror {}/{}: choose another slotName, or remove that Mirror first",
+                    key.slot, self.owner.namespace, self.owner.name
+                ),
+            ));
+        }
+        match held {
+            Some(held) if self.epoch > held => Err(fenced(format!(
+                "another worker has claimed slot {}: epoch {}, ours was {held}",
+                key.slot, self.epoch
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Application name of the sessions that copy ranges for a stream; a claim ends them. At most 63 bytes.
+pub(in super::super) fn loader_name(key: &StreamKey) -> String {
+    let text = format!("{}\0{}\0{}", key.system_identifier, key.database, key.slot);
+    let hash: String = Sha256::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    format!("sluice load {hash}")
+}
+
+/// Ends the old claim's backends, then raises the epoch and reads the checkpoint in one transaction, which is durable
+/// when this returns (and with it all that it has read, since the log is flushed in order).
+pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claim, Claimed<Lsn>)> {
+    super::schema::ensure(client).await?;
+    for _ in 0..TRIES {
+        let seen = read_stream(client, key).await?;
+        if let Some(seen) = &seen {
+            // Before anything is ended: nobody ends another Mirror's backends, nor its successor's.
+            seen.may_be_claimed(key, owner, held)?;
+            end_backends(client, key).await;
+        }
+        let seen_epoch = seen.map_or(0, |seen| seen.epoch);
+        if let Some(claimed) = raise_epoch(client, key, owner, held, seen_epoch).await? {
+            return Ok(claimed);
+        }
+    }
+    Err(Error::retry(
+        reason::FENCED,
+        format!("other workers claim slot {} again and again", key.slot),
+    ))
+}
+
+async fn read_stream(client: &Client, key: &StreamKey) -> Result<Option<StreamRow>> {
+    let sql = format!(
+        "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3",
+        StreamRow::COLUMNS
+    );
+    let row = client
+        .query_opt(&sql, &[&key.system_identifier, &key.database, &key.slot])
+        .await
+        .map_err(failed("read the checkpoint"))?;
+    Ok(row.as_ref().map(StreamRow::read))
+}
+
+/// Ends the backends of the claim and of its range copies, and waits until they are gone (each at most 5 s). Without the
+/// right to do so (another role's, no `pg_signal_backend`) the epoch alone fences them.
+async fn end_backends(client: &Client, key: &StreamKey) {
+    let result = client
+        .execute(
+            "SELECT pg_terminate_backend(old.pid, 5000) FROM pg_stat_activity AS old
+             WHERE old.pid <> pg_backend_pid() AND old.datname = current_database()
+               AND (old.application_name = $4
+                    OR EXISTS (SELECT FROM _sluice.streams, jsonb_to_recordset(claim) AS claimed(pid integer, backend_start timestamptz)
+                               WHERE system_identifier = $1 AND database = $2 AND slot = $3
+                                 AND claimed.pid = old.pid AND claimed.backend_start = old.backend_start))",
+            &[&key.system_identifier, &key.database, &key.slot, &loader_name(key)],
+        )
+        .await;
+    if let Err(error) = result {
+        tracing::warn!(slot = key.slot, error = %failed("end the old claim's backends")(error), "the epoch alone fences the old claim");
+    }
+}
+
+/// `None` when somebody else has claimed since `seen_epoch` was read.
+async fn raise_epoch(
+    client: &Client,
+    key: &StreamKey,
+    owner: &Owner,
+    held: Option<i64>,
+    seen_epoch: i64,
+) -> Result<Option<(Claim, Claimed<Lsn>)>> {
+    client
+        .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'")
+        .await
+        .map_err(failed("begin the claim"))?;
+    let result = raise_epoch_inside(client, key, owner, held, seen_epoch).await;
+    let end = if matches!(result, Ok(Some(_))) { "COMMIT" } else { "ROLLBACK" };
+    let ended = client.batch_execute(end).await.map_err(failed("end the claim"));
+    let claimed = result?;
+    ended?;
+    Ok(claimed)
+}
+
+async fn raise_epoch_inside(
+    client: &Client,
+    key: &StreamKey,
+    owner: &Owner,
+    held: Option<i64>,
+    seen_epoch: i64,
+) -> Result<Option<(Claim, Claimed<Lsn>)>> {
+    client
+        .execute(
+            "INSERT INTO _sluice.streams (system_identifier, database, slot, mirror_namespace, mirror_name, mirror_uid)
+             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+            &[
+                &key.system_identifier,
+                &key.database,
+                &key.slot,
+                &owner.namespace,
+                &owner.name,
+                &owner.uid,
+            ],
+        )
+        .await
+        .map_err(failed("claim the stream"))?;
+    let sql = format!(
+        "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3 FOR UPDATE",
+        StreamRow::COLUMNS
+    );
+    let row = client
+        .query_one(&sql, &[&key.system_identifier, &key.database, &key.slot])
+        .await
+        .map_err(failed("claim the stream"))?;
+    let stream = StreamRow::read(&row);
+    stream.may_be_claimed(key, owner, held)?;
+    if stream.epoch != seen_epoch {
+        return Ok(None);
+    }
+    let row = client
+        .query_one(
+            "UPDATE _sluice.streams SET epoch = epoch + 1, mirror_uid = $4, updated_at = now(), claim =
+               (SELECT jsonb_agg(jsonb_build_object('pid', pid, 'backend_start', backend_start))
+                FROM pg_stat_activity WHERE pid = pg_backend_pid())
+             WHERE system_identifier = $1 AND database = $2 AND slot = $3 RETURNING epoch",
+            &[&key.system_identifier, &key.database, &key.slot, &owner.uid],
+        )
+        .await
+        .map_err(failed("claim the stream"))?;
+    let epoch = row.get(0);
+    let checkpoint = match &stream.position {
+        None => None,
+        Some(position) => Some(Checkpoint {
+            position: parse_position(position)?,
+            timeline: stream.timeline,
+            owner: stream.owner,
+            tables: read_tables(client, key).await?,
+        }),
+    };
+    let claim = Claim { key: key.clone(), epoch };
+    Ok(Some((
+        claim,
+        Claimed {
+            claim: crate::engine::roles::Claim { key: key.clone(), epoch },
+            checkpoint,
+            log_intended: stream.log_intended,
+        },
+    )))
+}
+
+async fn read_tables(client: &Client, key: &StreamKey) -> Result<HashMap<QualifiedName, TableCheckpoint<Lsn>>> {
+    let rows = client
+        .query(
+            "SELECT source_schema, source_table, target_schema, target_table, state, generation, position, rows_copied, columns
+             FROM _sluice.tables WHERE system_identifier = $1 AND database = $2 AND slot = $3",
+            &[&key.system_identifier, &key.database, &key.slot],
+        )
+        .await
+        .map_err(failed("read the checkpoint"))?;
+    rows.iter()
+        .map(|row| {
+            let source = QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1));
+            let table = TableCheckpoint {
+                source: source.clone(),
+                target: QualifiedName::new(row.get::<_, String>(2), row.get::<_, String>(3)),
+                state: parse_state(row.get(4))?,
+                generation: row.get(5),
+                position: row.get::<_, Option<&str>>(6).map(parse_position).transpose()?,
+                rows_copied: row.get(7),
+                columns: row.get(8),
+            };
+            Ok((source, table))
+        })
+        .collect()
+}
+
+fn parse_position(text: &str) -> Result<Lsn> {
+    text.parse()
+        .map_err(|error| Error::bug("the checkpoint on the target can't be read").caused_by(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loaders_of_a_stream_have_a_name_of_their_own_that_fits() {
+        let key = |slot: &str| StreamKey {
+            system_identifier: "7".into(),
+            database: "shop".into(),
+            slot: slot.into(),
+        };
+        let name = loader_name(&key(&"s".repeat(63)));
+        assert!(name.len() <= 63, "{name}");
+        assert_ne!(loader_name(&key("a")), loader_name(&key("b")));
+    }
+}

@@ -1,0 +1,106 @@
+//! Makes schema `_sluice` on a target.
+
+use super::super::target::failed;
+use crate::engine::error::{Error, Result, reason};
+use tokio_postgres::Client;
+
+/// Version of the schema that this build makes and understands.
+const VERSION: i32 = 1;
+
+/// Serializes creation among workers that begin at the same time ("sluice" in ASCII).
+const CREATION_LOCK: i64 = 0x73_6c75_6963_65;
+
+const CREATE: &str = "
+    CREATE SCHEMA IF NOT EXISTS _sluice;
+    COMMENT ON SCHEMA _sluice IS 'Checkpoints of Sluice mirrors: where each stream stands. Do not edit.';
+    CREATE TABLE IF NOT EXISTS _sluice.version (version integer NOT NULL);
+    CREATE TABLE IF NOT EXISTS _sluice.streams (
+        system_identifier text NOT NULL,
+        database text NOT NULL,
+        slot text NOT NULL,
+        position text,
+        timeline bigint NOT NULL DEFAULT 0,
+        epoch bigint NOT NULL DEFAULT 0,
+        claim jsonb NOT NULL DEFAULT '[]',
+        log_intended boolean NOT NULL DEFAULT false,
+        mirror_namespace text NOT NULL,
+        mirror_name text NOT NULL,
+        mirror_uid text NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        updated_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (system_identifier, database, slot)
+    ) WITH (fillfactor = 10);
+    CREATE TABLE IF NOT EXISTS _sluice.tables (
+        system_identifier text NOT NULL,
+        database text NOT NULL,
+        slot text NOT NULL,
+        source_schema text NOT NULL,
+        source_table text NOT NULL,
+        target_schema text NOT NULL,
+        target_table text NOT NULL,
+        state text NOT NULL,
+        generation bigint NOT NULL DEFAULT 0,
+        position text,
+        rows_copied bigint NOT NULL DEFAULT 0,
+        columns text NOT NULL,
+        updated_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (system_identifier, database, slot, source_schema, source_table)
+    ) WITH (fillfactor = 50);
+    CREATE UNIQUE INDEX IF NOT EXISTS tables_one_writer ON _sluice.tables (target_schema, target_table);
+    CREATE TABLE IF NOT EXISTS _sluice.ranges (
+        system_identifier text NOT NULL,
+        database text NOT NULL,
+        slot text NOT NULL,
+        source_schema text NOT NULL,
+        source_table text NOT NULL,
+        generation bigint NOT NULL,
+        number integer NOT NULL,
+        rows bigint NOT NULL,
+        PRIMARY KEY (system_identifier, database, slot, source_schema, source_table, generation, number)
+    );
+    INSERT INTO _sluice.version SELECT 1 WHERE NOT EXISTS (SELECT FROM _sluice.version);";
+
+/// Makes the schema when it is missing.
+///
+/// # Errors
+/// `ServerUnsupported` when a newer build has made it.
+pub(in super::super) async fn ensure(client: &Client) -> Result<()> {
+    if let Some(version) = version(client).await? {
+        return check(version);
+    }
+    let sql = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATION_LOCK}); {CREATE} COMMIT;");
+    if let Err(error) = client.batch_execute(&sql).await {
+        let _ = client.batch_execute("ROLLBACK").await;
+        return Err(failed("create schema _sluice on the target (needs CREATE on the database)")(error));
+    }
+    match version(client).await? {
+        Some(version) => check(version),
+        None => Err(Error::bug("schema _sluice has no version after its creation")),
+    }
+}
+
+/// Whether the schema is there.
+pub(in super::super) async fn version(client: &Client) -> Result<Option<i32>> {
+    let there = client
+        .query_one("SELECT to_regclass('_sluice.version') IS NOT NULL", &[])
+        .await
+        .map_err(failed("look for schema _sluice"))?;
+    if !there.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let row = client
+        .query_opt("SELECT max(version) FROM _sluice.version", &[])
+        .await
+        .map_err(failed("read the version of schema _sluice"))?;
+    Ok(row.and_then(|row| row.get(0)))
+}
+
+fn check(version: i32) -> Result<()> {
+    if version > VERSION {
+        return Err(Error::stop(
+            reason::SERVER_UNSUPPORTED,
+            format!("schema _sluice on the target has version {version}, made by a newer Sluice; this one understands {VERSION}"),
+        ));
+    }
+    Ok(())
+}
