@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 /// Bound for a session to commit what is under way before it begins again with other settings.
 const RESTART_LIMIT: Duration = Duration::from_secs(10);
 /// Bound for a session to roll back; `suspend` acts within a second.
-const CANCEL_LIMIT: Duration = Duration::from_millis(900);
+const CANCEL_LIMIT: Duration = Duration::from_millis(700);
 /// Bound for a dropped task to be gone.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
 /// Bound for running HTTP requests at the end.
