@@ -235,4 +235,4 @@ fn timestamp(microseconds: i64) -> SystemTime {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

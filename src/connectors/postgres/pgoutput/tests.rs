@@ -1,3 +1,5 @@
+//! Messages made by hand; the tests of the log use them too.
+
 use super::*;
 use crate::engine::error::reason;
 use crate::engine::table::{Column, Identity, QualifiedName};
@@ -17,7 +19,7 @@ fn column(name: &str, type_id: u32, key: bool) -> Column {
     }
 }
 
-fn table(identity: Identity) -> MappedTable {
+pub fn table(identity: Identity) -> MappedTable {
     let version = TableVersion {
         id: 7,
         name: QualifiedName::new("public", "t"),
@@ -36,7 +38,7 @@ fn table(identity: Identity) -> MappedTable {
     }
 }
 
-fn relation(id: u32, name: &str, identity: u8, columns: &[(u8, &str, u32)]) -> Vec<u8> {
+pub fn relation(id: u32, name: &str, identity: u8, columns: &[(u8, &str, u32)]) -> Vec<u8> {
     let mut message = vec![b'R'];
     message.extend(id.to_be_bytes());
     message.extend(b"public\0");
@@ -53,7 +55,7 @@ fn relation(id: u32, name: &str, identity: u8, columns: &[(u8, &str, u32)]) -> V
     message
 }
 
-const COLUMNS: [(u8, &str, u32); 2] = [(1, "id", 23), (0, "v", 25)];
+pub const COLUMNS: [(u8, &str, u32); 2] = [(1, "id", 23), (0, "v", 25)];
 
 fn tuple_bytes(cells: &[Option<&str>]) -> Vec<u8> {
     let mut bytes = (cells.len() as u16).to_be_bytes().to_vec();
@@ -71,7 +73,7 @@ fn tuple_bytes(cells: &[Option<&str>]) -> Vec<u8> {
     bytes
 }
 
-fn row(tag: u8, id: u32, tuples: &[(u8, &[Option<&str>])]) -> Vec<u8> {
+pub fn row(tag: u8, id: u32, tuples: &[(u8, &[Option<&str>])]) -> Vec<u8> {
     let mut message = vec![tag];
     message.extend(id.to_be_bytes());
     for (kind, cells) in tuples {
@@ -81,8 +83,16 @@ fn row(tag: u8, id: u32, tuples: &[(u8, &[Option<&str>])]) -> Vec<u8> {
     message
 }
 
+pub fn begin(commit_start: u64) -> Vec<u8> {
+    [b"B".as_slice(), &commit_start.to_be_bytes(), &[0; 12]].concat()
+}
+
+pub fn commit(end: u64) -> Vec<u8> {
+    [b"C\0".as_slice(), &[0; 8], &end.to_be_bytes(), &[0; 8]].concat()
+}
+
 /// Cells of an image as text: `-` for NULL, `~` for unchanged.
-fn show(batch: &Batch, image: Image) -> String {
+pub fn show(batch: &Batch, image: Image) -> String {
     let cell = |cell: &crate::engine::batch::Cell| match cell.kind {
         CellKind::Null => "-".to_owned(),
         CellKind::Unchanged => "~".to_owned(),
