@@ -88,11 +88,7 @@ pub async fn connect(endpoint: &Endpoint, side: Side, application_name: &str) ->
                 tracing::debug!(%error, "connection ended");
             }
         });
-        Ok(Session {
-            client,
-            connection,
-            endpoint: endpoint.clone(),
-        })
+        Ok(Session { client, connection, endpoint: endpoint.clone() })
     })
     .await
 }

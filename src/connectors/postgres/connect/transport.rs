@@ -47,9 +47,7 @@ impl Transport {
                 let failed = |error: &dyn std::fmt::Display| failed(endpoint, error);
                 let name = ServerName::try_from(endpoint.host.clone()).map_err(|error| failed(&error))?;
                 let handshake = tokio_rustls::TlsConnector::from(config).connect(name, socket).await;
-                handshake
-                    .map(|stream| Self::Tls(Box::new(stream)))
-                    .map_err(|error| handshake_failed(endpoint, &error))
+                handshake.map(|stream| Self::Tls(Box::new(stream))).map_err(|error| handshake_failed(endpoint, &error))
             }
             false if endpoint.tls == TlsMode::Prefer => Ok(Self::Plain(socket)),
             false => Err(failed(endpoint, &"the server does not offer TLS")),
@@ -124,8 +122,7 @@ impl AsyncWrite for Transport {
 
 impl TlsStream for Transport {
     fn channel_binding(&self) -> ChannelBinding {
-        self.end_point()
-            .map_or_else(ChannelBinding::none, ChannelBinding::tls_server_end_point)
+        self.end_point().map_or_else(ChannelBinding::none, ChannelBinding::tls_server_end_point)
     }
 }
 
@@ -197,11 +194,7 @@ fn failed(endpoint: &Endpoint, why: &dyn std::fmt::Display) -> Error {
 /// A handshake that ends because the network does may pass; one that ends because the sides don't agree does not.
 fn handshake_failed(endpoint: &Endpoint, error: &io::Error) -> Error {
     let disagreed = matches!(error.get_ref(), Some(cause) if cause.is::<rustls::Error>());
-    if disagreed {
-        failed(endpoint, error)
-    } else {
-        unreachable(endpoint, format!("TLS handshake: {error}"))
-    }
+    if disagreed { failed(endpoint, error) } else { unreachable(endpoint, format!("TLS handshake: {error}")) }
 }
 
 /// The first address of the host that answers, in the resolver's order; each gets its share of the time.
@@ -225,10 +218,7 @@ async fn dial(endpoint: &Endpoint) -> Result<TcpStream> {
 
 fn bound_silence(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_RETRIES);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES);
     let socket = SockRef::from(socket);
     socket.set_tcp_keepalive(&keepalive)?;
     #[cfg(target_os = "linux")]
@@ -245,9 +235,6 @@ async fn ask_for_tls(socket: &mut TcpStream) -> io::Result<bool> {
     match socket.read_u8().await? {
         b'S' => Ok(true),
         b'N' => Ok(false),
-        other => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("not a PostgreSQL server: it answers {other:#04x}"),
-        )),
+        other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("not a PostgreSQL server: it answers {other:#04x}"))),
     }
 }
