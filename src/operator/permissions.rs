@@ -28,9 +28,7 @@ struct Right {
 fn needed(options: &Options) -> Vec<Right> {
     let mut rights = Vec::new();
     let mut add = |namespace: Option<&str>, group, resource: &'static str, name: Option<&str>, verbs: &[&'static str]| {
-        let (resource, subresource) = resource
-            .split_once('/')
-            .map_or((resource, None), |(resource, sub)| (resource, Some(sub)));
+        let (resource, subresource) = resource.split_once('/').map_or((resource, None), |(resource, sub)| (resource, Some(sub)));
         rights.extend(verbs.iter().map(|verb| Right {
             namespace: namespace.map(str::to_owned),
             group,
@@ -48,36 +46,12 @@ fn needed(options: &Options) -> Vec<Right> {
         for status in ["sources/status", "targets/status", "mirrors/status"] {
             add(scope, "sluice.dev", status, None, &["patch"]);
         }
-        add(
-            scope,
-            "",
-            "secrets",
-            None,
-            if options.protect_secrets { &["get", "patch"] } else { &["get"] },
-        );
-        add(
-            scope,
-            "",
-            "configmaps",
-            None,
-            &["get", "list", "watch", "create", "patch", "delete"],
-        );
-        add(
-            scope,
-            "apps",
-            "deployments",
-            None,
-            &["get", "list", "watch", "create", "patch", "delete"],
-        );
+        add(scope, "", "secrets", None, if options.protect_secrets { &["get", "patch"] } else { &["get"] });
+        add(scope, "", "configmaps", None, &["get", "list", "watch", "create", "patch", "delete"]);
+        add(scope, "apps", "deployments", None, &["get", "list", "watch", "create", "patch", "delete"]);
         add(scope, "", "pods", None, &["get", "list", "watch", "patch", "delete"]);
         if options.worker_network_policies {
-            add(
-                scope,
-                "networking.k8s.io",
-                "networkpolicies",
-                None,
-                &["get", "create", "patch", "delete"],
-            );
+            add(scope, "networking.k8s.io", "networkpolicies", None, &["get", "create", "patch", "delete"]);
         }
         add(scope, "events.k8s.io", "events", None, &["create", "patch"]);
     }
@@ -89,13 +63,7 @@ fn needed(options: &Options) -> Vec<Right> {
     add(own, "", "secrets", None, &["create"]);
     add(own, "", "secrets", Some(&options.signing_key_secret), &["get"]);
     add(own, "events.k8s.io", "events", None, &["create", "patch"]);
-    add(
-        None,
-        "admissionregistration.k8s.io",
-        "validatingadmissionpolicies",
-        Some(&options.deletion_policy_name),
-        &["get"],
-    );
+    add(None, "admissionregistration.k8s.io", "validatingadmissionpolicies", Some(&options.deletion_policy_name), &["get"]);
     rights
 }
 
@@ -148,12 +116,8 @@ fn rules(missing: impl Iterator<Item = Right>) -> Vec<String> {
     verbs
         .into_iter()
         .map(|(right, verbs)| {
-            let place = right
-                .namespace
-                .map_or_else(|| "cluster-wide".to_owned(), |namespace| format!("in namespace {namespace}"));
-            let resource = right
-                .subresource
-                .map_or_else(|| right.resource.to_owned(), |sub| format!("{}/{sub}", right.resource));
+            let place = right.namespace.map_or_else(|| "cluster-wide".to_owned(), |namespace| format!("in namespace {namespace}"));
+            let resource = right.subresource.map_or_else(|| right.resource.to_owned(), |sub| format!("{}/{sub}", right.resource));
             let name = right.name.map_or_else(String::new, |name| format!(", resourceNames: [\"{name}\"]"));
             format!(
                 "{{apiGroups: [\"{}\"], resources: [\"{resource}\"]{name}, verbs: [\"{}\"]}} {place}",

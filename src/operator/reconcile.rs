@@ -67,12 +67,7 @@ where
     Fut: Future<Output = Result<Action>> + Send + 'static,
 {
     let key = object.meta().uid.clone().unwrap_or_else(|| object.name_any());
-    let span = info_span!(
-        "reconcile",
-        controller,
-        namespace = object.meta().namespace.as_deref(),
-        name = object.name_any()
-    );
+    let span = info_span!("reconcile", controller, namespace = object.meta().namespace.as_deref(), name = object.name_any());
     async {
         let begin = Instant::now();
         ctx.metrics.reconcile_started(controller);
@@ -103,10 +98,7 @@ async fn bounded(limit: Duration, pass: impl Future<Output = Result<Action>>) ->
         Ok(Ok(Ok(action))) => ("success", Ok(action)),
         Ok(Ok(Err(error))) => ("failure", Err(error)),
         Ok(Err(panic)) => {
-            let said = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied());
+            let said = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
             (
                 "panic",
                 Err(OperatorError::new(
@@ -123,21 +115,9 @@ async fn bounded(limit: Duration, pass: impl Future<Output = Result<Action>>) ->
 fn log(failure: &OperatorError, delay: Duration) {
     let seconds = delay.as_secs();
     if failure.class == ErrorClass::Bug {
-        error!(
-            reason = failure.reason,
-            message = failure.message,
-            class = failure.class.as_str(),
-            retry_in_seconds = seconds,
-            "failed"
-        );
+        error!(reason = failure.reason, message = failure.message, class = failure.class.as_str(), retry_in_seconds = seconds, "failed");
     } else {
-        warn!(
-            reason = failure.reason,
-            message = failure.message,
-            class = failure.class.as_str(),
-            retry_in_seconds = seconds,
-            "failed"
-        );
+        warn!(reason = failure.reason, message = failure.message, class = failure.class.as_str(), retry_in_seconds = seconds, "failed");
     }
 }
 

@@ -8,9 +8,7 @@ use tracing_subscriber::EnvFilter;
 /// # Errors
 /// When the level or filter cannot be read.
 pub fn init(options: &Options) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(&options.log_level)?)
-        .with_target(true);
+    let builder = tracing_subscriber::fmt().with_env_filter(EnvFilter::try_new(&options.log_level)?).with_target(true);
     // An error only means that somebody else has begun to log.
     let _ = match options.log_format {
         LogFormat::Text => builder.try_init(),

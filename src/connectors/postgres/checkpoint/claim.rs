@@ -28,11 +28,7 @@ impl StreamRow {
     fn read(row: &Row) -> Self {
         Self {
             epoch: row.get(0),
-            owner: Owner {
-                namespace: row.get(1),
-                name: row.get(2),
-                uid: row.get(3),
-            },
+            owner: Owner { namespace: row.get(1), name: row.get(2), uid: row.get(3) },
             position: row.get(4),
             timeline: row.get(5),
             log_intended: row.get(6),
@@ -50,10 +46,9 @@ impl StreamRow {
             ));
         }
         match held {
-            Some(held) if self.epoch > held => Err(fenced(format!(
-                "another worker has claimed slot {}: epoch {}, ours was {held}",
-                key.slot, self.epoch
-            ))),
+            Some(held) if self.epoch > held => {
+                Err(fenced(format!("another worker has claimed slot {}: epoch {}, ours was {held}", key.slot, self.epoch)))
+            }
             _ => Ok(()),
         }
     }
@@ -82,21 +77,12 @@ pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Ow
             return Ok(claimed);
         }
     }
-    Err(Error::retry(
-        reason::FENCED,
-        format!("other workers claim slot {} again and again", key.slot),
-    ))
+    Err(Error::retry(reason::FENCED, format!("other workers claim slot {} again and again", key.slot)))
 }
 
 async fn read_stream(client: &Client, key: &StreamKey) -> Result<Option<StreamRow>> {
-    let sql = format!(
-        "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3",
-        StreamRow::COLUMNS
-    );
-    let row = client
-        .query_opt(&sql, &[&key.system_identifier, &key.database, &key.slot])
-        .await
-        .map_err(failed("read the checkpoint"))?;
+    let sql = format!("SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3", StreamRow::COLUMNS);
+    let row = client.query_opt(&sql, &[&key.system_identifier, &key.database, &key.slot]).await.map_err(failed("read the checkpoint"))?;
     Ok(row.as_ref().map(StreamRow::read))
 }
 
@@ -150,14 +136,7 @@ async fn raise_epoch_inside(
         .execute(
             "INSERT INTO _sluice.streams (system_identifier, database, slot, mirror_namespace, mirror_name, mirror_uid)
              VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
-            &[
-                &key.system_identifier,
-                &key.database,
-                &key.slot,
-                &owner.namespace,
-                &owner.name,
-                &owner.uid,
-            ],
+            &[&key.system_identifier, &key.database, &key.slot, &owner.namespace, &owner.name, &owner.uid],
         )
         .await
         .map_err(failed("claim the stream"))?;
@@ -165,10 +144,7 @@ async fn raise_epoch_inside(
         "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3 FOR UPDATE",
         StreamRow::COLUMNS
     );
-    let row = client
-        .query_one(&sql, &[&key.system_identifier, &key.database, &key.slot])
-        .await
-        .map_err(failed("claim the stream"))?;
+    let row = client.query_one(&sql, &[&key.system_identifier, &key.database, &key.slot]).await.map_err(failed("claim the stream"))?;
     let stream = StreamRow::read(&row);
     stream.may_be_claimed(key, owner, held)?;
     if stream.epoch != seen_epoch {
@@ -197,11 +173,7 @@ async fn raise_epoch_inside(
     let claim = Claim { key: key.clone(), epoch };
     Ok(Some((
         claim,
-        Claimed {
-            claim: crate::engine::roles::Claim { key: key.clone(), epoch },
-            checkpoint,
-            log_intended: stream.log_intended,
-        },
+        Claimed { claim: crate::engine::roles::Claim { key: key.clone(), epoch }, checkpoint, log_intended: stream.log_intended },
     )))
 }
 
@@ -232,8 +204,7 @@ async fn read_tables(client: &Client, key: &StreamKey) -> Result<HashMap<Qualifi
 }
 
 fn parse_position(text: &str) -> Result<Lsn> {
-    text.parse()
-        .map_err(|error| Error::bug("the checkpoint on the target can't be read").caused_by(error))
+    text.parse().map_err(|error| Error::bug("the checkpoint on the target can't be read").caused_by(error))
 }
 
 #[cfg(test)]
@@ -242,11 +213,7 @@ mod tests {
 
     #[test]
     fn loaders_of_a_stream_have_a_name_of_their_own_that_fits() {
-        let key = |slot: &str| StreamKey {
-            system_identifier: "7".into(),
-            database: "shop".into(),
-            slot: slot.into(),
-        };
+        let key = |slot: &str| StreamKey { system_identifier: "7".into(), database: "shop".into(), slot: slot.into() };
         let name = loader_name(&key(&"s".repeat(63)));
         assert!(name.len() <= 63, "{name}");
         assert_ne!(loader_name(&key("a")), loader_name(&key("b")));
