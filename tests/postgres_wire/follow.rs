@@ -42,6 +42,8 @@ pub struct Change {
     pub old: Option<Row>,
     pub old_is_full: bool,
     pub new: Option<Row>,
+    /// How the table differs from the mapped one.
+    pub differs: Option<String>,
 }
 
 /// One transaction as it was received.
@@ -139,13 +141,17 @@ impl Follower {
                 old: owned(change.old),
                 old_is_full: change.old_is_full,
                 new: owned(change.new),
+                differs: version.differs.clone(),
             }
         });
         changes.collect()
     }
 
-    /// Plays a change; it must fit exactly.
+    /// Plays a change; it must fit exactly. Changes of a table that is not as mapped are only kept.
     fn play(&mut self, change: &Change) {
+        if change.differs.is_some() {
+            return;
+        }
         let keys = &self.keys[&change.table];
         let rows = self.tables.entry(change.table.clone()).or_default();
         let find = |rows: &Vec<Row>, by: &Row| {
@@ -264,8 +270,13 @@ pub async fn mapped(client: &tokio_postgres::Client, table: &str) -> MappedTable
         .await
         .unwrap();
     let identity = if row.get(1) { Identity::Full } else { Identity::Key };
-    let version =
-        TableVersion { id: row.get(0), name: QualifiedName::new("public", table), columns: columns(client, table).await, identity };
+    let version = TableVersion {
+        id: row.get(0),
+        name: QualifiedName::new("public", table),
+        columns: columns(client, table).await,
+        identity,
+        differs: None,
+    };
     MappedTable {
         version: Arc::new(version),
         target: QualifiedName::new("public", table),
