@@ -284,7 +284,7 @@ struct StrictData {
     key: String,
 }
 
-fn labelled(namespace: &str, name: &str, data: serde_json::Value) -> ConfigMap {
+fn labelled(namespace: &str, name: &str, data: &serde_json::Value) -> ConfigMap {
     let metadata = json!({"namespace": namespace, "name": name, "labels": {"tests": "watch"}});
     serde_json::from_value(json!({"metadata": metadata, "data": data})).expect("an object")
 }
@@ -302,7 +302,7 @@ async fn an_object_that_cannot_be_decoded_is_left_out_and_namespaces_are_joined(
         [(&a, "good", json!({"key": "v"})), (&a, "bad", json!({"other": "v"})), (&unserved, "no", json!({"key": "v"}))]
     {
         Api::namespaced(admin.clone(), namespace)
-            .create(&PostParams::default(), &labelled(namespace, name, data))
+            .create(&PostParams::default(), &labelled(namespace, name, &data))
             .await
             .expect("an object");
     }
@@ -320,7 +320,7 @@ async fn an_object_that_cannot_be_decoded_is_left_out_and_namespaces_are_joined(
     eventually(10, "the good one is seen", || async { names() == ["good"] }).await;
     assert!(health.not_ready().is_empty());
     assert!(metrics.encode().expect("text").contains("sluice_operator_undecodable_objects_total{kind=\"ConfigMap\"} 1"));
-    let late = labelled(&b, "late", json!({"key": "v"}));
+    let late = labelled(&b, "late", &json!({"key": "v"}));
     Api::namespaced(admin.clone(), &b).create(&PostParams::default(), &late).await.expect("an object");
     eventually(10, "the other namespace is seen too", || async { names() == ["good", "late"] }).await;
     Api::<ConfigMap>::namespaced(admin, &a).delete("good", &DeleteParams::default()).await.expect("deleted");
@@ -342,7 +342,7 @@ async fn a_watch_recovers_from_faults_and_its_silence_is_noticed() {
     let task = tokio::spawn(watched.changes.for_each(|change| async move { assert!(change.is_ok(), "errors are not passed on") }));
     let admin = Api::<ConfigMap>::namespaced(server.client().await, &namespace);
     let add = async |name: &str| {
-        admin.create(&PostParams::default(), &labelled(&namespace, name, json!({}))).await.expect("an object");
+        admin.create(&PostParams::default(), &labelled(&namespace, name, &json!({}))).await.expect("an object");
     };
     let sees = |name: &'static str| store.get(&ObjectRef::new(name).within(&namespace)).is_some();
 
@@ -451,7 +451,7 @@ struct StubWorker {
     asked: Arc<AtomicUsize>,
 }
 
-fn desired(uid: &str, generation: i64, public_keys: Vec<String>) -> Desired {
+fn desired(uid: &str, generation: i64, public_keys: &[String]) -> Desired {
     let endpoint = json!({"engine": "PostgreSQL", "host": "h", "port": 5432, "database": "d", "tlsMode": "Prefer", "folder": "/f", "connectTimeoutSeconds": 10});
     serde_json::from_value(json!({
         "contract": 1, "generation": generation, "mirror": {"namespace": "n", "name": "m", "uid": uid}, "source": endpoint, "target": endpoint,
@@ -478,7 +478,7 @@ fn allowed(worker: &StubWorker, headers: &HeaderMap, body: &[u8]) -> bool {
 impl StubWorker {
     async fn serve(uid: &str, keys: &SigningKeys) -> (Self, String, tokio::task::JoinHandle<()>) {
         let worker = Self {
-            desired: Arc::new(desired(uid, 5, keys.public_keys())),
+            desired: Arc::new(desired(uid, 5, &keys.public_keys())),
             status: Arc::new(Mutex::new(worker_status("Copying"))),
             asked: Arc::default(),
         };
@@ -568,8 +568,8 @@ async fn calls_to_workers_are_signed_and_refusals_are_told_apart() {
     assert_eq!(client.status(&address, "uid-2").await, Err(WorkerError::Unauthorized), "a worker of another Mirror");
     let stranger = WorkerClient::new(keys()).expect("a client");
     assert_eq!(stranger.status(&address, "uid-1").await, Err(WorkerError::Unauthorized), "another operator");
-    client.put_desired(&address, "uid-1", &desired("uid-1", 6, vec![])).await.expect("taken");
-    let older = client.put_desired(&address, "uid-1", &desired("uid-1", 4, vec![])).await;
+    client.put_desired(&address, "uid-1", &desired("uid-1", 6, &[])).await.expect("taken");
+    let older = client.put_desired(&address, "uid-1", &desired("uid-1", 4, &[])).await;
     assert_eq!(older, Err(WorkerError::Outdated("5 is in effect".into())));
 
     // A pod that takes the connection and says nothing, one that says too much, and one that speaks a later contract.

@@ -366,7 +366,7 @@ mod tests {
                     message: String::new(),
                     count: 1,
                     retry_in_seconds: None,
-                })
+                });
             },
             |status| status.epoch = 2,
             |status| status.generation = 2,
