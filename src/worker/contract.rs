@@ -283,11 +283,7 @@ pub(crate) mod tests {
         Desired {
             contract: VERSION,
             generation,
-            mirror: MirrorId {
-                namespace: "shop".to_owned(),
-                name: "users".to_owned(),
-                uid: "5f0c".to_owned(),
-            },
+            mirror: MirrorId { namespace: "shop".to_owned(), name: "users".to_owned(), uid: "5f0c".to_owned() },
             source: endpoint("source", SOURCE_FOLDER),
             target: endpoint("target", TARGET_FOLDER),
             slot: "sluice_users".to_owned(),
@@ -308,11 +304,7 @@ pub(crate) mod tests {
                 tables_in_parallel: 4,
                 workers_per_table: 4,
             },
-            stream: StreamSpec {
-                max_batch_rows: 100_000,
-                max_batch_bytes: 16 * 1024 * 1024,
-                max_delay_milliseconds: 50,
-            },
+            stream: StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16 * 1024 * 1024, max_delay_milliseconds: 50 },
             suspend: false,
             public_keys: Vec::new(),
         }

@@ -45,9 +45,7 @@ pub struct SigningKey {
 
 impl fmt::Debug for SigningKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SigningKey")
-            .field("public_key", &self.public_key_base64())
-            .finish_non_exhaustive()
+        f.debug_struct("SigningKey").field("public_key", &self.public_key_base64()).finish_non_exhaustive()
     }
 }
 
@@ -68,11 +66,7 @@ impl SigningKey {
     /// The bytes are no such key.
     pub fn from_pkcs8(der: &[u8]) -> Result<Self, TokenError> {
         let pair = Ed25519KeyPair::from_pkcs8(der).map_err(|_| TokenError::SigningKey)?;
-        Ok(Self {
-            pkcs8: der.to_vec(),
-            public_key: pair.public_key().as_ref().to_vec(),
-            encoding: EncodingKey::from_ed_der(der),
-        })
+        Ok(Self { pkcs8: der.to_vec(), public_key: pair.public_key().as_ref().to_vec(), encoding: EncodingKey::from_ed_der(der) })
     }
 
     /// The key as PKCS#8 (DER), to be kept in a Secret.
@@ -109,13 +103,7 @@ struct Claims {
 /// The crypto library refuses to sign.
 pub fn sign(key: &SigningKey, audience_uid: &str, body: &[u8]) -> Result<String, TokenError> {
     let now = get_current_timestamp();
-    let claims = Claims {
-        aud: audience_uid.to_owned(),
-        iat: now,
-        nbf: now,
-        exp: now + LIFETIME_SECONDS,
-        body: digest(body),
-    };
+    let claims = Claims { aud: audience_uid.to_owned(), iat: now, nbf: now, exp: now + LIFETIME_SECONDS, body: digest(body) };
     jsonwebtoken::encode(&Header::new(Algorithm::EdDSA), &claims, &key.encoding).map_err(|_| TokenError::Sign)
 }
 
@@ -131,11 +119,7 @@ impl Grant {
     /// # Errors
     /// [`TokenError::Refused`].
     pub fn check_body(&self, body: &[u8]) -> Result<(), TokenError> {
-        if self.body == digest(body) {
-            Ok(())
-        } else {
-            Err(TokenError::Refused("it was made for another body".to_owned()))
-        }
+        if self.body == digest(body) { Ok(()) } else { Err(TokenError::Refused("it was made for another body".to_owned())) }
     }
 }
 
@@ -161,11 +145,7 @@ pub fn verify(desired: &Desired, token: &str) -> Result<Grant, TokenError> {
 /// Reads a public key as [`SigningKey::public_key_base64`] writes it.
 fn public_key(text: &str) -> Result<DecodingKey, TokenError> {
     let bytes: ByteString = serde_json::from_value(serde_json::Value::String(text.to_owned())).map_err(|_| TokenError::PublicKey)?;
-    if bytes.0.len() == PUBLIC_KEY_LENGTH {
-        Ok(DecodingKey::from_ed_der(&bytes.0))
-    } else {
-        Err(TokenError::PublicKey)
-    }
+    if bytes.0.len() == PUBLIC_KEY_LENGTH { Ok(DecodingKey::from_ed_der(&bytes.0)) } else { Err(TokenError::PublicKey) }
 }
 
 fn decode(key: &str, audience: &str, token: &str) -> Result<Claims, TokenError> {
@@ -193,21 +173,12 @@ mod tests {
     use crate::worker::contract::tests::desired;
 
     fn desired_with(keys: &[&SigningKey]) -> Desired {
-        Desired {
-            public_keys: keys.iter().map(|key| key.public_key_base64()).collect(),
-            ..desired(1)
-        }
+        Desired { public_keys: keys.iter().map(|key| key.public_key_base64()).collect(), ..desired(1) }
     }
 
     fn claims() -> Claims {
         let now = get_current_timestamp();
-        Claims {
-            aud: desired(1).mirror.uid,
-            iat: now,
-            nbf: now,
-            exp: now + LIFETIME_SECONDS,
-            body: digest(b""),
-        }
+        Claims { aud: desired(1).mirror.uid, iat: now, nbf: now, exp: now + LIFETIME_SECONDS, body: digest(b"") }
     }
 
     fn check(desired: &Desired, token: &str, body: &[u8]) -> Result<(), TokenError> {
@@ -233,20 +204,13 @@ mod tests {
 
     #[test]
     fn either_key_signs_while_keys_are_rotated() {
-        let (old, new, other) = (
-            SigningKey::generate().unwrap(),
-            SigningKey::generate().unwrap(),
-            SigningKey::generate().unwrap(),
-        );
+        let (old, new, other) = (SigningKey::generate().unwrap(), SigningKey::generate().unwrap(), SigningKey::generate().unwrap());
         let desired = desired_with(&[&old, &new]);
         for key in [&old, &new] {
             check(&desired, &sign(key, &desired.mirror.uid, b"").unwrap(), b"").unwrap();
         }
         assert!(check(&desired, &sign(&other, &desired.mirror.uid, b"").unwrap(), b"").is_err());
-        let none = Desired {
-            public_keys: Vec::new(),
-            ..desired
-        };
+        let none = Desired { public_keys: Vec::new(), ..desired };
         assert!(check(&none, &sign(&old, &none.mirror.uid, b"").unwrap(), b"").is_err());
     }
 

@@ -82,19 +82,14 @@ pub fn classify_login(side: Side, endpoint: &Endpoint, error: &tokio_postgres::E
         return classify(side, &what, error);
     }
     // A method that is not supported, or a server that can't prove that it knows the password.
-    let cause = std::error::Error::source(error)
-        .map(|cause| format!(": {cause}"))
-        .unwrap_or_default();
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
     Error::stop(reason::AUTHENTICATION_FAILED, cut(format!("{what}: {error}{cause}")))
 }
 
 /// Says where a login goes: `user@host:port/database`.
 #[must_use]
 pub fn login(endpoint: &Endpoint) -> String {
-    format!(
-        "login as {} on {}:{}/{}",
-        endpoint.username, endpoint.host, endpoint.port, endpoint.database
-    )
+    format!("login as {} on {}:{}/{}", endpoint.username, endpoint.host, endpoint.port, endpoint.database)
 }
 
 /// SQLSTATE to class and reason (manual: appendix "PostgreSQL Error Codes"). Where one code stands for several failures the
@@ -181,30 +176,12 @@ mod tests {
             (Side::Target, "25006", "", Retry, reason::TARGET_READ_ONLY),
             (Side::Target, "57P01", "", Retry, reason::TARGET_UNREACHABLE),
             (Side::Source, "08006", "", Retry, reason::SOURCE_UNREACHABLE),
-            (
-                Side::Target,
-                "42501",
-                "permission denied for table t",
-                Stop,
-                reason::PRIVILEGE_MISSING,
-            ),
-            (
-                Side::Source,
-                "42501",
-                "must be superuser or replication role to start walsender",
-                Stop,
-                reason::ROLE_LACKS_REPLICATION,
-            ),
+            (Side::Target, "42501", "permission denied for table t", Stop, reason::PRIVILEGE_MISSING),
+            (Side::Source, "42501", "must be superuser or replication role to start walsender", Stop, reason::ROLE_LACKS_REPLICATION),
             (Side::Target, "40P01", "", Retry, reason::WRITE_REFUSED),
             (Side::Target, "23505", "", Stop, reason::ROW_CONFLICT),
             (Side::Target, "23502", "", Stop, reason::WRITE_REFUSED),
-            (
-                Side::Source,
-                "53300",
-                "sorry, too many clients already",
-                Retry,
-                reason::SOURCE_UNREACHABLE,
-            ),
+            (Side::Source, "53300", "sorry, too many clients already", Retry, reason::SOURCE_UNREACHABLE),
             (
                 Side::Source,
                 "53300",
@@ -220,11 +197,7 @@ mod tests {
 
     #[test]
     fn long_messages_are_cut_at_a_character() {
-        let error = ServerError {
-            code: "23502".into(),
-            message: "ä".repeat(2000),
-            ..ServerError::default()
-        };
+        let error = ServerError { code: "23502".into(), message: "ä".repeat(2000), ..ServerError::default() };
         let error = classify_server(Side::Target, "x", &error);
         assert!(error.message.len() <= LONGEST && error.message.ends_with('…'));
     }

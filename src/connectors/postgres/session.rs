@@ -39,10 +39,7 @@ pub fn options(endpoint: &Endpoint) -> Result<String> {
 /// The session's `application_name`: the user's parameter, else the caller's, else `sluice`.
 #[must_use]
 pub fn application_name<'a>(endpoint: &'a Endpoint, caller: &'a str) -> &'a str {
-    let parameter = endpoint
-        .parameters
-        .iter()
-        .find(|(name, _)| name.eq_ignore_ascii_case("application_name"));
+    let parameter = endpoint.parameters.iter().find(|(name, _)| name.eq_ignore_ascii_case("application_name"));
     match parameter {
         Some((_, value)) if !value.is_empty() => value,
         _ if !caller.is_empty() => caller,
@@ -100,10 +97,7 @@ mod tests {
             tls: TlsMode::Disable,
             ca: None,
             client_certificate: None,
-            parameters: parameters
-                .iter()
-                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-                .collect(),
+            parameters: parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
             connect_timeout: Duration::from_secs(1),
         }
     }
@@ -111,10 +105,7 @@ mod tests {
     #[test]
     fn options_end_with_the_fixed_settings() {
         let options = options(&endpoint(&[("work_mem", "64 MB"), ("my.x", r"a\b"), ("application_name", "x")])).unwrap();
-        assert!(
-            options.starts_with(r"-c my.x=a\\b -c work_mem=64\ MB -c DateStyle=ISO "),
-            "{options}"
-        );
+        assert!(options.starts_with(r"-c my.x=a\\b -c work_mem=64\ MB -c DateStyle=ISO "), "{options}");
         assert!(!options.contains("application_name"), "{options}");
     }
 

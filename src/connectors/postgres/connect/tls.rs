@@ -22,10 +22,7 @@ pub(super) fn client_config(endpoint: &Endpoint) -> Result<Option<Arc<ClientConf
         TlsMode::VerifyFull => Check::ChainAndName(trusted(endpoint)?),
     };
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = Arc::new(Verifier {
-        check,
-        provider: Arc::clone(&provider),
-    });
+    let verifier = Arc::new(Verifier { check, provider: Arc::clone(&provider) });
     let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| Error::bug(error.to_string()))?
@@ -36,9 +33,7 @@ pub(super) fn client_config(endpoint: &Endpoint) -> Result<Option<Arc<ClientConf
         Some((chain, key)) => {
             let chain = certificates(chain).map_err(|error| invalid("client certificate", &error))?;
             let key = PrivateKeyDer::from_pem_slice(key.0.as_bytes()).map_err(|error| invalid("client key", &error))?;
-            builder
-                .with_client_auth_cert(chain, key)
-                .map_err(|error| invalid("client certificate and key", &error))?
+            builder.with_client_auth_cert(chain, key).map_err(|error| invalid("client certificate and key", &error))?
         }
     };
     Ok(Some(Arc::new(config)))
@@ -50,11 +45,7 @@ fn invalid(what: &str, error: &dyn Display) -> Error {
 
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, rustls::pki_types::pem::Error> {
     let found = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<Vec<_>, _>>()?;
-    if found.is_empty() {
-        Err(rustls::pki_types::pem::Error::NoItemsFound)
-    } else {
-        Ok(found)
-    }
+    if found.is_empty() { Err(rustls::pki_types::pem::Error::NoItemsFound) } else { Ok(found) }
 }
 
 /// What a server's certificate may come from.
@@ -214,16 +205,7 @@ mod tests {
     fn hash_follows_the_signature() {
         // The least that the walk looks at: SEQUENCE { SEQUENCE {}, SEQUENCE { OID } }.
         let certificate = |oid: &[u8]| {
-            let mut der = vec![
-                0x30,
-                (6 + oid.len()) as u8,
-                0x30,
-                0,
-                0x30,
-                (2 + oid.len()) as u8,
-                0x06,
-                oid.len() as u8,
-            ];
+            let mut der = vec![0x30, (6 + oid.len()) as u8, 0x30, 0, 0x30, (2 + oid.len()) as u8, 0x06, oid.len() as u8];
             der.extend_from_slice(oid);
             CertificateDer::from(der)
         };
@@ -232,13 +214,7 @@ mod tests {
         assert_eq!(end_point(&rsa(13)).unwrap().len(), 64);
         assert_eq!(end_point(&rsa(10)), None, "RSASSA-PSS names its hash in parameters");
         assert_eq!(end_point(&certificate(&[0x2B, 0x65, 0x70])), None, "Ed25519");
-        for garbage in [
-            &[][..],
-            &[0x30],
-            &[0x30, 0x84, 0xFF, 0xFF, 0xFF, 0xFF],
-            &[0x30, 0xFF, 1],
-            &[0x30, 2, 0x30, 9],
-        ] {
+        for garbage in [&[][..], &[0x30], &[0x30, 0x84, 0xFF, 0xFF, 0xFF, 0xFF], &[0x30, 0xFF, 1], &[0x30, 2, 0x30, 9]] {
             assert_eq!(end_point(&CertificateDer::from(garbage)), None);
         }
     }

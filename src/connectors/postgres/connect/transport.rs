@@ -1,5 +1,6 @@
 //! The byte stream under a session: TCP with bounds on silence, and TLS on top where it is wanted.
 
+use super::blocking::BlockingTransport;
 use super::tls;
 use crate::connectors::postgres::endpoint::{Endpoint, TlsMode};
 use crate::engine::error::{Error, Result, reason};
@@ -8,7 +9,7 @@ use postgres_protocol::message::frontend;
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use std::future::{Ready, ready};
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -47,9 +48,7 @@ impl Transport {
                 let failed = |error: &dyn std::fmt::Display| failed(endpoint, error);
                 let name = ServerName::try_from(endpoint.host.clone()).map_err(|error| failed(&error))?;
                 let handshake = tokio_rustls::TlsConnector::from(config).connect(name, socket).await;
-                handshake
-                    .map(|stream| Self::Tls(Box::new(stream)))
-                    .map_err(|error| handshake_failed(endpoint, &error))
+                handshake.map(|stream| Self::Tls(Box::new(stream))).map_err(|error| handshake_failed(endpoint, &error))
             }
             false if endpoint.tls == TlsMode::Prefer => Ok(Self::Plain(socket)),
             false => Err(failed(endpoint, &"the server does not offer TLS")),
@@ -80,13 +79,13 @@ impl Transport {
             socket.set_write_timeout(Some(write_timeout))?;
             Ok::<_, io::Error>(socket)
         };
-        Ok(match self {
-            Self::Plain(socket) => BlockingTransport::Plain(blocking(socket)?),
+        match self {
+            Self::Plain(socket) => blocking(socket).map(BlockingTransport::plain),
             Self::Tls(stream) => {
                 let (socket, session) = stream.into_inner();
-                BlockingTransport::Tls(Box::new(rustls::StreamOwned::new(session, blocking(socket)?)))
+                blocking(socket).map(|socket| BlockingTransport::tls(session, socket))
             }
-        })
+        }
     }
 }
 
@@ -124,8 +123,7 @@ impl AsyncWrite for Transport {
 
 impl TlsStream for Transport {
     fn channel_binding(&self) -> ChannelBinding {
-        self.end_point()
-            .map_or_else(ChannelBinding::none, ChannelBinding::tls_server_end_point)
+        self.end_point().map_or_else(ChannelBinding::none, ChannelBinding::tls_server_end_point)
     }
 }
 
@@ -142,49 +140,6 @@ impl TlsConnect<Transport> for Negotiated {
     }
 }
 
-/// The same byte stream outside the runtime.
-pub enum BlockingTransport {
-    /// No TLS.
-    Plain(std::net::TcpStream),
-    /// TLS.
-    Tls(Box<rustls::StreamOwned<rustls::ClientConnection, std::net::TcpStream>>),
-}
-
-impl BlockingTransport {
-    /// A second handle of the socket, with which another thread can shut it down.
-    pub fn socket(&self) -> io::Result<std::net::TcpStream> {
-        match self {
-            Self::Plain(socket) => socket.try_clone(),
-            Self::Tls(stream) => stream.sock.try_clone(),
-        }
-    }
-}
-
-impl Read for BlockingTransport {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.read(buf),
-            Self::Tls(stream) => stream.read(buf),
-        }
-    }
-}
-
-impl Write for BlockingTransport {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.write(buf),
-            Self::Tls(stream) => stream.write(buf),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Plain(socket) => socket.flush(),
-            Self::Tls(stream) => stream.flush(),
-        }
-    }
-}
-
 /// Host or port can't be reached now.
 pub(super) fn unreachable(endpoint: &Endpoint, why: impl std::fmt::Display) -> Error {
     Error::retry(reason::HOST_UNREACHABLE, format!("{}:{}: {why}", endpoint.host, endpoint.port))
@@ -197,11 +152,7 @@ fn failed(endpoint: &Endpoint, why: &dyn std::fmt::Display) -> Error {
 /// A handshake that ends because the network does may pass; one that ends because the sides don't agree does not.
 fn handshake_failed(endpoint: &Endpoint, error: &io::Error) -> Error {
     let disagreed = matches!(error.get_ref(), Some(cause) if cause.is::<rustls::Error>());
-    if disagreed {
-        failed(endpoint, error)
-    } else {
-        unreachable(endpoint, format!("TLS handshake: {error}"))
-    }
+    if disagreed { failed(endpoint, error) } else { unreachable(endpoint, format!("TLS handshake: {error}")) }
 }
 
 /// The first address of the host that answers, in the resolver's order; each gets its share of the time.
@@ -225,10 +176,7 @@ async fn dial(endpoint: &Endpoint) -> Result<TcpStream> {
 
 fn bound_silence(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_RETRIES);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES);
     let socket = SockRef::from(socket);
     socket.set_tcp_keepalive(&keepalive)?;
     #[cfg(target_os = "linux")]
@@ -245,9 +193,6 @@ async fn ask_for_tls(socket: &mut TcpStream) -> io::Result<bool> {
     match socket.read_u8().await? {
         b'S' => Ok(true),
         b'N' => Ok(false),
-        other => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("not a PostgreSQL server: it answers {other:#04x}"),
-        )),
+        other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("not a PostgreSQL server: it answers {other:#04x}"))),
     }
 }
