@@ -74,18 +74,17 @@ pub fn is_applied<K: Serialize>(live: &ObjectMeta, desired: &K) -> bool {
 /// was written.
 ///
 /// # Errors
-/// As the API server answers; a missing object, or another one of the same name, is no error: nothing is left to report.
+/// As the API server answers; a missing object is no error: nothing is left to report.
 pub async fn patch_status<K: Object + Serialize, S: Serialize + Sync>(ctx: &Context, object: &K, status: &S) -> Result<bool> {
     let (namespace, name) = place(object)?;
     let status = to_json(status)?;
     if to_json(object)?.get("status") == Some(&status) {
         return Ok(false);
     }
-    // The uid makes the write fail when the object was deleted and made anew.
     let body = json!({
         "apiVersion": K::api_version(&()),
         "kind": K::kind(&()),
-        "metadata": {"name": name, "namespace": namespace, "uid": object.meta().uid},
+        "metadata": {"name": name, "namespace": namespace},
         "status": status,
     });
     let api = Api::<K>::namespaced(ctx.client.clone(), &namespace);
@@ -95,7 +94,7 @@ pub async fn patch_status<K: Object + Serialize, S: Serialize + Sync>(ctx: &Cont
             ctx.metrics.status_written(&K::kind(&()));
             Ok(true)
         }
-        Err(error) if matches!(error.class, ErrorClass::Missing | ErrorClass::Conflict) => Ok(false),
+        Err(error) if error.class == ErrorClass::Missing => Ok(false),
         Err(error) => Err(error),
     }
 }

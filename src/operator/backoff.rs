@@ -34,6 +34,11 @@ pub fn delay(class: ErrorClass, failures: u32, random: f64) -> Duration {
     }
 }
 
+/// `duration` ± 20 %, so that what happened together does not come back together.
+pub fn spread(duration: Duration) -> Duration {
+    duration.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())
+}
+
 /// A controller and the uid of one of its objects.
 type Key = (&'static str, String);
 

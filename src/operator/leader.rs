@@ -6,6 +6,7 @@
 //! * Writes carry the resourceVersion they rest on; a conflict is a lost round.
 //! * Loss ends the process; a clean stop hands the lease back, so that another replica begins within one retry.
 
+use super::backoff::spread;
 use super::metrics::Metrics;
 use super::options::Options;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -160,7 +161,7 @@ impl Candidate {
                 return;
             }
             // Replicas that wait for the same record come at different times.
-            sleep(self.elector.times.retry.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())).await;
+            sleep(spread(self.elector.times.retry)).await;
         }
     }
 

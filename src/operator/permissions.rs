@@ -3,7 +3,7 @@
 //! The table is the same as the rules of `charts/sluice/templates/_helpers.tpl` and `rbac.yaml`.
 
 use super::options::Options;
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::api::PostParams;
 use kube::{Api, Client};
@@ -73,18 +73,17 @@ fn needed(options: &Options) -> Vec<Right> {
 /// When the API server does not answer.
 pub async fn missing(client: &Client, options: &Options) -> kube::Result<Vec<String>> {
     let api = Api::<SelfSubjectAccessReview>::all(client.clone());
-    let answers: Vec<kube::Result<(Right, bool)>> = stream::iter(needed(options))
+    let answers: Vec<(Right, bool)> = stream::iter(needed(options))
         .map(|right| {
             let api = api.clone();
             async move {
                 let review = api.create(&PostParams::default(), &question(&right)).await?;
-                Ok((right, review.status.is_some_and(|status| status.allowed)))
+                Ok::<_, kube::Error>((right, review.status.is_some_and(|status| status.allowed)))
             }
         })
         .buffered(PARALLEL)
-        .collect()
-        .await;
-    let answers = answers.into_iter().collect::<kube::Result<Vec<_>>>()?;
+        .try_collect()
+        .await?;
     Ok(rules(answers.into_iter().filter(|(_, allowed)| !allowed).map(|(right, _)| right)))
 }
 

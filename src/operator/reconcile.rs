@@ -2,6 +2,7 @@
 //!
 //! Invariant: whatever one object does to its reconcile, the others go on.
 
+use super::backoff::spread;
 use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use super::shutdown::Shutdown;
@@ -9,7 +10,6 @@ use futures::{FutureExt as _, StreamExt as _};
 use kube::runtime::controller::{self, Action, Controller};
 use kube::runtime::reflector::Lookup;
 use kube::{Resource, ResourceExt as _};
-use rand::RngExt as _;
 use serde::de::DeserializeOwned;
 use std::convert::Infallible;
 use std::fmt::Debug;
@@ -123,7 +123,7 @@ fn log(failure: &OperatorError, delay: Duration) {
 
 /// `duration` ± 20 %, so that objects which settled together do not come back together.
 pub fn requeue(duration: Duration) -> Action {
-    Action::requeue(duration.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>()))
+    Action::requeue(spread(duration))
 }
 
 /// Keeps `sluice_operator_resources` up to date from the cache until `shutdown`; `ready` judges one object.

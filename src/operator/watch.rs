@@ -5,7 +5,7 @@
 //! object that cannot be decoded would stop the list it is in. Neither reaches a controller that is fed from here.
 
 use super::client::listening;
-use super::health::{GRACE, Health};
+use super::health::Health;
 use super::join::Join;
 use super::metrics::Metrics;
 use futures::stream::{BoxStream, select_all};
@@ -30,6 +30,8 @@ use tracing::{error, warn};
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// How long the API server keeps a watch open: kube's default.
 const TIMEOUT: Duration = Duration::from_secs(290);
+/// What a watch may be silent beyond that.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// A namespaced kind that can be watched.
 pub trait Watchable:
@@ -77,8 +79,13 @@ impl Watches {
     /// Watches `K` in the served namespaces. `config` chooses labels and fields; its timeout is replaced.
     pub fn watch<K: Watchable>(&self, config: &watcher::Config) -> Watched<K> {
         let (store, writer) = reflector::store();
-        let changes = self.events::<K>(&config, store.clone()).map(Ok).reflect(writer).touched_objects().boxed();
-        Watched { store, changes }
+        let mut filling = Some(self.health.wait_for(format!("the cache of {}", K::plural(&()))));
+        let changes = self.events::<K>(config, store.clone()).map(Ok).reflect(writer).inspect(move |event| {
+            if matches!(event, Ok(Event::InitDone)) {
+                filling.take();
+            }
+        });
+        Watched { store, changes: changes.touched_objects().boxed() }
     }
 
     fn events<K: Watchable>(&self, config: &watcher::Config, store: Store<K>) -> BoxStream<'static, Event<K>> {
@@ -104,7 +111,7 @@ impl Watches {
     /// The events of one namespace, or of all, without errors and without what nobody reads.
     fn one<K: Watchable>(&self, namespace: Option<&str>, config: &watcher::Config) -> BoxStream<'static, Event<K>> {
         let kind = K::kind(&()).into_owned();
-        let watch = self.health.watch_with(&kind, self.timeout + self.grace);
+        let watch = self.health.watch(&kind, self.timeout + self.grace);
         let heard = {
             let (watch, metrics, kind) = (watch.clone(), self.metrics.clone(), kind.clone());
             Arc::new(move || {
