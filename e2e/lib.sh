@@ -10,6 +10,9 @@ if [ -z "${SLUICE_CACHE:-}" ]; then
 fi
 export SLUICE_CACHE
 
+# A fresh clone starts with the dependencies built. Incremental state would only grow there.
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$SLUICE_CACHE/target} CARGO_INCREMENTAL=0
+
 NODE_SOURCES=$REPO/e2e/cluster/node
 # The node's binaries depend on its sources and on the Go release alone.
 node_dir() {

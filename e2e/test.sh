@@ -2,7 +2,7 @@
 # test.sh [TIER...] - run tiers of tests, all of them by default, and end with one line: N passed, M failed.
 #   lint    formatting, clippy, shell scripts
 #   rust    cargo test: unit, schema, connectors, control plane
-#   chart   the Helm chart without a cluster
+#   chart   the Helm chart and the kustomize bases, without a cluster
 #   e2e     the end-to-end suite on a one-node cluster of its own
 # A tier that cannot run is a failure. All tiers run even when an earlier one failed.
 set -euo pipefail
@@ -50,7 +50,7 @@ sum_of() { sed -nE "s/^test result: .* ([0-9]+) $1[;.].*/\1/p" "$2" | awk '{ n +
 
 run_chart() {
   local good=0 bad=0
-  check "chart: lint, shapes, refusals" env "HELM=$SLUICE_CACHE/bin/helm" charts/check.sh
+  check "chart and kustomize bases: lint, shapes, refusals, drift" charts/check.sh
   count chart $good $bad
 }
 
@@ -69,8 +69,7 @@ main() {
   local tier
   [ $# -gt 0 ] || set -- lint rust chart e2e
   e2e/deps.sh
-  # A fresh clone starts with the dependencies built. Incremental state would only grow there.
-  export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$SLUICE_CACHE/target} CARGO_INCREMENTAL=0
+  PATH=$SLUICE_CACHE/bin:$(node_dir):$PATH              # our helm and kubectl first
   for tier in "$@"; do
     case $tier in
       lint | rust | chart | e2e) say "== $tier"; "run_$tier";;

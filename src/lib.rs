@@ -7,4 +7,5 @@ pub mod connectors;
 pub mod engine;
 pub mod operator;
 pub mod resources;
+pub mod telemetry;
 pub mod worker;

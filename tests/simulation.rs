@@ -11,8 +11,8 @@ use sluice::engine::flow::{self, SnapshotConfig, StreamConfig};
 use sluice::engine::position::Position;
 use sluice::engine::progress::Progress;
 use sluice::engine::roles::{
-    Applied, Apply, ApplyMode, BatchLimits, BulkFormat, BulkStream, ChangeLog, Checkpoint, Claimed, LogState, Owner, Range, Selection,
-    Snapshot, Source, SourceIdentity, StreamKey, TableCheckpoint, TableSelection, Target,
+    Applied, Apply, ApplyMode, BatchLimits, BulkFormat, BulkStream, ChangeLog, Checkpoint, Claim, Claimed, LogState, Owner, Range,
+    Selection, Snapshot, Source, SourceIdentity, StreamKey, TableCheckpoint, TableSelection, Target,
 };
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableState, TableVersion};
 use std::cell::Cell;
@@ -216,8 +216,13 @@ fn mapped(table: u32) -> MappedTable {
         generated: None,
         collation: None,
     };
-    let version =
-        TableVersion { id: table, name: name(table), columns: vec![column("k", true), column("v", false)], identity: Identity::Key };
+    let version = TableVersion {
+        id: table,
+        name: name(table),
+        columns: vec![column("k", true), column("v", false)],
+        identity: Identity::Key,
+        differs: None,
+    };
     MappedTable {
         version: Arc::new(version),
         target: name(table),
@@ -447,7 +452,7 @@ impl Target for Shared {
         self.io().await
     }
 
-    async fn claim(&self, _: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Pos>, SimApplier)> {
+    async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Pos>, SimApplier)> {
         self.io().await?;
         let answer = {
             let mut world = self.world();
@@ -477,7 +482,10 @@ impl Target for Shared {
             });
             let applier =
                 SimApplier { shared: self.clone(), epoch: stored.epoch, life: world.target_life, open: None, waiting: Vec::new() };
-            (Claimed { epoch: world.target.epoch, checkpoint, log_intended: world.target.intended }, applier)
+            (
+                Claimed { claim: Claim { key: key.clone(), epoch: world.target.epoch }, checkpoint, log_intended: world.target.intended },
+                applier,
+            )
         };
         self.io().await?;
         Ok(answer)
@@ -489,8 +497,7 @@ impl Target for Shared {
 
     async fn load(
         &self,
-        _: &StreamKey,
-        epoch: i64,
+        claim: &Claim,
         table: &MappedTable,
         generation: i64,
         _: &Range,
@@ -508,7 +515,7 @@ impl Target for Shared {
         }
         let mut world = self.world();
         let held = world.target.states.get(&number(table)).map(|(state, generation, _)| (*state, *generation));
-        if world.target.epoch != epoch || held != Some((TableState::Copying, generation)) {
+        if world.target.epoch != claim.epoch || held != Some((TableState::Copying, generation)) {
             return Err(Error::new(Class::Fenced, reason::FENCED, "another worker"));
         }
         let count = loaded.len() as u64;
@@ -519,7 +526,7 @@ impl Target for Shared {
         Ok(count)
     }
 
-    async fn finish(&self, _: &StreamKey, _: i64, _: &MappedTable) -> Result<()> {
+    async fn finish(&self, _: &Claim, _: &MappedTable) -> Result<()> {
         self.io().await
     }
 }

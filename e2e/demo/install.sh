@@ -5,7 +5,7 @@
 SYSTEM_NAMESPACE=sluice-system
 KINDS=(mirrors sources targets)
 
-BINARY=${CARGO_TARGET_DIR:-$REPO/target}/release/sluice
+BINARY=$CARGO_TARGET_DIR/release/sluice
 build_binary() { cd "$REPO" && cargo build --release --locked; }
 # A tag that changes with the binary: a pod never runs an older image of the same name.
 binary_tag() { echo "dev-$(sha256sum < "$BINARY" | cut -c1-10)"; }
@@ -21,6 +21,7 @@ install_sluice() {
   local repository=$1 tag=$2; shift 2
   helm upgrade --install sluice "$REPO/charts/sluice" -n "$SYSTEM_NAMESPACE" --create-namespace --wait --timeout 3m \
     --set "image.repository=$repository" --set "image.tag=$tag" --set image.pullPolicy=IfNotPresent "$@"
+  kubectl api-resources --cached=false >/dev/null         # kubectl would not know the category cdc for ten minutes
 }
 remove_crds() {
   local kind

@@ -6,7 +6,7 @@
 use super::error::Result;
 use super::flow::{SnapshotConfig, lost_task};
 use super::progress::{Phase, Progress};
-use super::roles::{Apply, BulkFormat, Range, Snapshot, Source, StreamKey, Target};
+use super::roles::{Apply, BulkFormat, Claim, Range, Snapshot, Source, Target};
 use super::table::{MappedTable, TableState};
 use futures::{TryStreamExt as _, stream};
 use std::sync::Arc;
@@ -17,8 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 pub(super) struct CopyJob<'a, S, T> {
     pub source: &'a Arc<S>,
     pub target: &'a Arc<T>,
-    pub key: &'a StreamKey,
-    pub epoch: i64,
+    pub claim: &'a Claim,
     pub config: &'a SnapshotConfig,
     pub progress: &'a Progress,
 }
@@ -68,7 +67,7 @@ where
         .map_err(|error| error.context(name))?;
     applier.lock().await.set_state(table, TableState::Copied, None).await?;
     job.progress.set_table(name, TableState::Copied);
-    job.target.finish(job.key, job.epoch, table).await.map_err(|error| error.context(name))?;
+    job.target.finish(job.claim, table).await.map_err(|error| error.context(name))?;
     applier.lock().await.set_state(table, TableState::CatchingUp, Some(snapshot.position())).await?;
     job.progress.set_table(name, TableState::CatchingUp);
     Ok(())
@@ -87,10 +86,10 @@ where
     S: Source,
     T: Target<Position = S::Position>,
 {
-    let (snapshot, target, key, table, epoch) = (Arc::clone(snapshot), Arc::clone(job.target), job.key.clone(), table.clone(), job.epoch);
+    let (snapshot, target, claim, table) = (Arc::clone(snapshot), Arc::clone(job.target), job.claim.clone(), table.clone());
     let task = tokio::spawn(async move {
         let rows = snapshot.read(&table, &range, format).await?;
-        target.load(&key, epoch, &table, generation, &range, format, rows).await
+        target.load(&claim, &table, generation, &range, format, rows).await
     });
     let rows = AbortOnDropHandle::new(task).await.map_err(|error| lost_task(&error))??;
     job.progress.add_copied(rows);

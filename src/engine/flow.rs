@@ -108,14 +108,14 @@ where
     let key =
         StreamKey { system_identifier: identity.system_identifier.clone(), database: identity.database.clone(), slot: config.slot.clone() };
     let (claimed, mut applier) = target.claim(&key, &config.owner, *held).await?;
-    *held = Some(claimed.epoch);
-    progress.set_claim(claimed.epoch, applier.mode());
+    *held = Some(claimed.claim.epoch);
+    progress.set_claim(claimed.claim.epoch, applier.mode());
     target.check(&identity, &tables).await?;
 
     progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();
     let start = begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
-    let mut job = CopyJob { source, target, key: &key, epoch: claimed.epoch, config: &config.snapshot, progress };
+    let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let handover = match start {
         Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
         Start::From(position) => {

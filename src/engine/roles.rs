@@ -153,7 +153,9 @@ pub trait Source: Send + Sync + 'static {
     /// Takes another snapshot that is a prefix of the log (PostgreSQL: of a temporary slot).
     fn snapshot(&self) -> impl Future<Output = Result<Self::Snapshot>> + Send;
 
-    /// Opens the log after a position. `tables` are the versions to compare relation messages with.
+    /// Opens the log after a position. A row carries the table version that it was written under: the given one where
+    /// the log describes the table like it, else another. The log may well hold rows of an older version that are not
+    /// due; whether one that is due can be written is for the applier to say.
     fn open(&self, from: &Self::Position, tables: &[MappedTable], limits: BatchLimits) -> impl Future<Output = Result<Self::Log>> + Send;
 
     /// Where the server's present history left an earlier timeline; `None` when that timeline is not part of it. A
@@ -235,11 +237,20 @@ pub struct Checkpoint<P> {
     pub tables: HashMap<QualifiedName, TableCheckpoint<P>>,
 }
 
-/// A claim: the right to write for one stream until somebody else claims it.
-#[derive(Clone, Debug)]
-pub struct Claimed<P> {
+/// The right to write for one stream until somebody else claims it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The stream.
+    pub key: StreamKey,
     /// Raised by one with each claim.
     pub epoch: i64,
+}
+
+/// What a claim has found.
+#[derive(Clone, Debug)]
+pub struct Claimed<P> {
+    /// The claim.
+    pub claim: Claim,
     /// What is durable on the target, read in the claiming transaction; `None` for a new stream.
     pub checkpoint: Option<Checkpoint<P>>,
     /// This stream was about to make its slot when it ended: a slot without a checkpoint is its own and holds nothing.
@@ -294,8 +305,7 @@ pub trait Target: Send + Sync + 'static {
     /// epoch is checked as the last statement.
     fn load(
         &self,
-        key: &StreamKey,
-        epoch: i64,
+        claim: &Claim,
         table: &MappedTable,
         generation: i64,
         range: &Range,
@@ -304,7 +314,7 @@ pub trait Target: Send + Sync + 'static {
     ) -> impl Future<Output = Result<u64>> + Send;
 
     /// Builds the primary key and statistics after the data. Safe to repeat.
-    fn finish(&self, key: &StreamKey, epoch: i64, table: &MappedTable) -> impl Future<Output = Result<()>> + Send;
+    fn finish(&self, claim: &Claim, table: &MappedTable) -> impl Future<Output = Result<()>> + Send;
 }
 
 /// The one writer of a stream, bound to one connection: an error of class `Retry` ends it, and the next claim makes a new.
@@ -344,7 +354,8 @@ pub trait Apply: Send + 'static {
     /// [`Self::apply`] and when the set of tables changes.
     fn prepare(&mut self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
 
-    /// Applies the changes of a part for which `due` says yes. Opens a target transaction when none is open; when the
+    /// Applies the changes of a part for which `due` says yes. A due change under another version than the prepared one
+    /// is `SchemaChanged`, naming the table and the columns that differ. Opens a target transaction when none is open; when the
     /// part is not open, writes the checkpoint (`part`'s last boundary, or `received` without one), checks the epoch as
     /// the last statement and commits. `due(table id, index of the change)`.
     fn apply(

@@ -85,7 +85,7 @@ pub fn decide<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>>
 
 fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint<P>, log: &LogState<P>) -> Result<Start<P>> {
     let position = &checkpoint.position;
-    if !(log.confirmed <= *position) {
+    if !holds(position, &log.confirmed) {
         return Err(Error::stop(
             reason::CHECKPOINT_BEHIND_SLOT,
             format!(
@@ -107,6 +107,12 @@ fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint
     Ok(Start::Resume { position: position.clone(), new_timeline })
 }
 
+/// Whether a target at `position` holds everything up to `confirmed`. Positions that can't be compared hold nothing of
+/// each other.
+fn holds<P: Position>(position: &P, confirmed: &P) -> bool {
+    confirmed <= position
+}
+
 fn from_start_position<P: Position>(slot: &str, facts: &Facts<'_, P>, log: &LogState<P>) -> Result<Start<P>> {
     let Some(start) = facts.start_position else {
         return Err(Error::stop(
@@ -114,7 +120,7 @@ fn from_start_position<P: Position>(slot: &str, facts: &Facts<'_, P>, log: &LogS
             "snapshot.enabled is false: snapshot.startPosition must say up to where the target equals the source",
         ));
     };
-    if !(log.confirmed <= *start) {
+    if !holds(start, &log.confirmed) {
         return Err(Error::stop(
             reason::CHECKPOINT_BEHIND_SLOT,
             format!("slot {slot} was confirmed up to {}, after startPosition {start}: the changes between are gone", log.confirmed),

@@ -110,9 +110,9 @@ fn by_state(side: Side, code: &str, message: &str) -> (Class, &'static str) {
         // A failover may be on its way.
         "25006" if source => (Retry, reason::SERVER_UNSUPPORTED),
         "25006" => (Retry, reason::TARGET_READ_ONLY),
-        "42501" if says("to start walsender") || says("replication role") || says("REPLICATION attribute") => {
-            (Stop, reason::ROLE_LACKS_REPLICATION)
-        }
+        // "must be superuser or replication role to start walsender", from 16 on "permission denied to start WAL sender"; the
+        // same with "to use replication slots".
+        "42501" if says("walsender") || says("WAL sender") || says("replication slots") => (Stop, reason::ROLE_LACKS_REPLICATION),
         "42501" => (Stop, reason::PRIVILEGE_MISSING),
         "40001" | "40P01" | "55P03" | "57014" if source => (Retry, reason::SOURCE_UNREACHABLE),
         "40001" | "40P01" | "55P03" | "57014" => (Retry, reason::WRITE_REFUSED),
@@ -178,6 +178,7 @@ mod tests {
             (Side::Source, "08006", "", Retry, reason::SOURCE_UNREACHABLE),
             (Side::Target, "42501", "permission denied for table t", Stop, reason::PRIVILEGE_MISSING),
             (Side::Source, "42501", "must be superuser or replication role to start walsender", Stop, reason::ROLE_LACKS_REPLICATION),
+            (Side::Source, "42501", "permission denied to use replication slots", Stop, reason::ROLE_LACKS_REPLICATION),
             (Side::Target, "40P01", "", Retry, reason::WRITE_REFUSED),
             (Side::Target, "23505", "", Stop, reason::ROW_CONFLICT),
             (Side::Target, "23502", "", Stop, reason::WRITE_REFUSED),

@@ -1,0 +1,189 @@
+//! `/metrics`: read from the board at each scrape, so that nothing is counted twice.
+
+use super::board::{Board, Facts};
+use super::contract::Phase;
+use super::supervise::State;
+use crate::engine::progress::View;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+use std::fmt;
+use std::sync::Arc;
+
+/// Media type of the text.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+const PHASES: [Phase; 8] = [
+    Phase::Starting,
+    Phase::SettingUp,
+    Phase::Copying,
+    Phase::CatchingUp,
+    Phase::Streaming,
+    Phase::Suspended,
+    Phase::Retrying,
+    Phase::Stopped,
+];
+
+/// The metrics of one worker.
+pub struct Metrics {
+    registry: Registry,
+}
+
+impl Metrics {
+    /// Of this board.
+    #[must_use]
+    pub fn new(board: Arc<Board>) -> Self {
+        let mut registry = Registry::with_prefix("sluice_worker");
+        registry.register("build", "The worker's program", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        registry.register_collector(Box::new(FromBoard(board)));
+        Self { registry }
+    }
+
+    /// The OpenMetrics text.
+    ///
+    /// # Errors
+    /// A metric can't be written as text.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut body = String::new();
+        text::encode(&mut body, &self.registry)?;
+        Ok(body)
+    }
+}
+
+#[derive(Debug)]
+struct FromBoard(Arc<Board>);
+
+impl Collector for FromBoard {
+    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
+        let mut out = Output(encoder);
+        let phase = self.0.phase();
+        let view = self.0.progress().view();
+        encode_session(&mut out, &view)?;
+        let facts = self.0.facts();
+        encode_worker(&mut out, &facts, phase)?;
+        // Without a session the lag is not known.
+        if matches!(facts.state, State::Running | State::Stopping(_)) {
+            encode_lag(&mut out, &view)?;
+        }
+        Ok(())
+    }
+}
+
+fn encode_session(out: &mut Output<'_>, view: &View) -> fmt::Result {
+    let rows = [("insert", view.inserts), ("update", view.updates), ("delete", view.deletes)];
+    out.counters("rows", "Rows written from the stream, by operation", "op", &rows)?;
+    out.counter("batches", "Batches applied", view.batches)?;
+    out.counter("bytes_applied", "Bytes of the batches applied", view.bytes_applied)?;
+    out.gauge("rows_copied", "Rows that the initial copies have brought", view.rows_copied)?;
+    out.gauge("rows_to_copy", "Rows to copy, by the source's statistics", view.rows_to_copy)?;
+    out.gauge("epoch", "Epoch of the claim; 0 before", view.epoch.unsigned_abs())?;
+    let tables: Vec<_> = view.tables.iter().map(|(state, count)| (*state, u64::from(*count))).collect();
+    out.gauges("tables", "Tables by state", "state", &tables)
+}
+
+fn encode_worker(out: &mut Output<'_>, facts: &Facts, phase: Option<Phase>) -> fmt::Result {
+    let generation = facts.desired.as_ref().map_or(0, |desired| desired.generation);
+    out.gauge("generation", "Generation of the desired document in effect", generation.unsigned_abs())?;
+    let phases: Vec<_> = PHASES.iter().map(|each| (word(*each), u64::from(Some(*each) == phase))).collect();
+    out.gauges("phase", "1 for the phase the worker is in, else 0", "phase", &phases)?;
+    out.counter("sessions", "Sessions begun; each but the first is a restart", facts.sessions)?;
+    let failures: Vec<_> = facts.failures.iter().map(|(class, count)| (*class, *count)).collect();
+    out.counters("failures", "Sessions that failed, by class", "class", &failures)?;
+    let in_a_row = facts.failure.as_ref().map_or(0, |failure| u64::from(failure.count));
+    out.gauge("failures_in_a_row", "Failures since a session last worked", in_a_row)
+}
+
+fn encode_lag(out: &mut Output<'_>, view: &View) -> fmt::Result {
+    if let Some(bytes) = view.lag_bytes {
+        out.gauge("lag_bytes", "Bytes of log between the source's end and what is applied", bytes)?;
+    }
+    if let Some(seconds) = view.lag_seconds {
+        out.gauge("lag_seconds", "Age of the last transaction applied while more is waiting; 0 when level", seconds)?;
+    }
+    Ok(())
+}
+
+fn word(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Starting => "Starting",
+        Phase::SettingUp => "SettingUp",
+        Phase::Copying => "Copying",
+        Phase::CatchingUp => "CatchingUp",
+        Phase::Streaming => "Streaming",
+        Phase::Suspended => "Suspended",
+        Phase::Retrying => "Retrying",
+        Phase::Stopped => "Stopped",
+    }
+}
+
+struct Output<'a>(DescriptorEncoder<'a>);
+
+impl Output<'_> {
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let metric = ConstCounter::new(value);
+        let encoder = self.0.encode_descriptor(name, help, None, metric.metric_type())?;
+        metric.encode(encoder)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let metric = ConstGauge::new(value);
+        let encoder = self.0.encode_descriptor(name, help, None, metric.metric_type())?;
+        metric.encode(encoder)
+    }
+
+    fn counters(&mut self, name: &str, help: &str, label: &str, values: &[(&str, u64)]) -> fmt::Result {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (value, count) in values {
+            ConstCounter::new(*count).encode(encoder.encode_family(&[(label, *value)])?)?;
+        }
+        Ok(())
+    }
+
+    fn gauges(&mut self, name: &str, help: &str, label: &str, values: &[(&str, u64)]) -> fmt::Result {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (value, count) in values {
+            ConstGauge::new(*count).encode(encoder.encode_family(&[(label, *value)])?)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::contract::tests::desired;
+
+    #[test]
+    fn the_text_names_everything_once() {
+        let board = Arc::new(Board::new("pod".to_owned()));
+        {
+            let mut facts = board.facts();
+            facts.desired = Some(Arc::new(desired(4)));
+            facts.state = State::Suspended;
+            facts.sessions = 2;
+            facts.failures.insert("Retry", 1);
+        }
+        let text = Metrics::new(board).encode().unwrap();
+        for line in [
+            "sluice_worker_build_info{version=\"0.1.0\"} 1",
+            "sluice_worker_generation 4",
+            "sluice_worker_phase{phase=\"Suspended\"} 1",
+            "sluice_worker_phase{phase=\"Streaming\"} 0",
+            "sluice_worker_sessions_total 2",
+            "sluice_worker_failures_total{class=\"Retry\"} 1",
+            "sluice_worker_rows_total{op=\"insert\"} 0",
+            "sluice_worker_batches_total 0",
+            "# EOF",
+        ] {
+            assert_eq!(text.lines().filter(|found| *found == line).count(), 1, "{line}\n{text}");
+        }
+        assert!(!text.contains("lag_bytes"), "a suspended worker knows no lag");
+        for (name, _) in text.lines().filter_map(|line| line.strip_prefix("# HELP ")).filter_map(|line| line.split_once(' ')) {
+            assert!(name.starts_with("sluice_worker_"), "{name}");
+        }
+    }
+}

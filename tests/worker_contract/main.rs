@@ -1,0 +1,10 @@
+//! The worker as the operator sees it: real HTTP on loopback, real files, real signals; sessions are fakes.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod calls;
+mod documents;
+mod pod;
+mod program;
+mod sessions;
