@@ -4,7 +4,7 @@ mod changes;
 mod support;
 
 use bytes::Bytes;
-use changes::{Changes, Value, all, column, int, key, mapped, owner, rows, text};
+use changes::{Changes, Value, all, claim, column, int, key, mapped, owner, rows, text};
 use futures::StreamExt as _;
 use sluice::connectors::postgres::applier::PostgresApplier;
 use sluice::connectors::postgres::{Endpoint, Lsn, endpoint::Secret, target::PostgresTarget};
@@ -44,7 +44,7 @@ async fn stream(endpoint: Endpoint, slot: &str, tables: &[MappedTable]) -> (Post
     applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
     for table in tables {
         applier.begin_copy(table, false).await.expect("a copy");
-        target.finish(&key(slot), claimed.epoch, table).await.expect("keys");
+        target.finish(&claimed.claim, table).await.expect("keys");
         applier.set_state(table, TableState::Ready, None).await.expect("a state");
     }
     applier.prepare(tables).await.expect("prepared");
@@ -76,11 +76,11 @@ async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
     let items = items();
 
     let (claimed, mut first) = target.claim(&key("s"), &owner("a"), None).await.expect("a claim");
-    assert_eq!((claimed.epoch, claimed.checkpoint.is_none(), claimed.log_intended), (1, true, false));
+    assert_eq!((claimed.claim.epoch, claimed.checkpoint.is_none(), claimed.log_intended), (1, true, false));
     first.intend_log().await.expect("an intention");
     drop(first);
     let (claimed, mut first) = target.claim(&key("s"), &owner("a"), Some(1)).await.expect("a claim of the same process");
-    assert_eq!((claimed.epoch, claimed.checkpoint.is_none(), claimed.log_intended), (2, true, true));
+    assert_eq!((claimed.claim.epoch, claimed.checkpoint.is_none(), claimed.log_intended), (2, true, true));
     first.initialize(&Lsn(5), 3).await.expect("a checkpoint");
     assert_eq!(first.initialize(&Lsn(6), 3).await.expect_err("once").class, Class::Bug);
     first.begin_copy(&items, false).await.expect("a copy");
@@ -90,7 +90,7 @@ async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
     let restored = sluice::engine::roles::Owner { uid: "another".into(), ..owner("a") };
     let (claimed, _second) = target.claim(&key("s"), &restored, None).await.expect("a second claim");
     let checkpoint = claimed.checkpoint.expect("a checkpoint");
-    assert_eq!((claimed.epoch, checkpoint.position, checkpoint.timeline), (3, Lsn(5), 4));
+    assert_eq!((claimed.claim.epoch, checkpoint.position, checkpoint.timeline), (3, Lsn(5), 4));
     assert!(!claimed.log_intended);
     let table = &checkpoint.tables[items.source()];
     assert_eq!(
@@ -130,18 +130,18 @@ async fn the_epoch_fences_where_backends_may_not_be_ended() {
     let part = inserts(&items, 0..3).part(false, None, 10);
     assert!(!old.apply(&part, &all, &[]).await.expect("a piece").committed);
     let (claimed, mut new) = target(writer).claim(&key("s"), &owner("a"), None).await.expect("a claim");
-    assert_eq!((claimed.epoch, new.mode()), (2, ApplyMode::Ordered));
+    assert_eq!((claimed.claim.epoch, new.mode()), (2, ApplyMode::Ordered));
 
     let error = old.apply(&inserts(&items, 3..5).part(true, Some(20), 20), &all, &[]).await.expect_err("fenced");
     assert_eq!((error.class, error.reason), (Class::Fenced, reason::FENCED));
     assert_eq!(old.apply(&inserts(&items, 5..6).committed(30), &all, &[]).await.expect_err("used up").class, Class::Bug);
     let rows_of_range = futures::stream::iter([Ok(Bytes::from_static(b"9\tx\n"))]).boxed();
     let error = old_target
-        .load(&key("s"), 1, &items, 1, &Range { number: 0, blocks: None }, BulkFormat::PostgresText, rows_of_range)
+        .load(&claim("s", 1), &items, 1, &Range { number: 0, blocks: None }, BulkFormat::PostgresText, rows_of_range)
         .await
         .expect_err("fenced");
     assert_eq!(error.class, Class::Fenced);
-    assert_eq!(old_target.finish(&key("s"), 1, &items).await.expect_err("fenced").class, Class::Fenced);
+    assert_eq!(old_target.finish(&claim("s", 1), &items).await.expect_err("fenced").class, Class::Fenced);
 
     new.prepare(std::slice::from_ref(&items)).await.expect("prepared");
     new.apply(&inserts(&items, 0..2).committed(40), &all, &[]).await.expect("applied");
@@ -161,7 +161,7 @@ async fn of_concurrent_first_claims_one_writes() {
     for claim in futures::future::join_all(claims).await {
         // Another claimer may have ended this one's backend in the middle.
         match claim.expect("no panic") {
-            Ok((claimed, applier)) => appliers.push((claimed.epoch, applier)),
+            Ok((claimed, applier)) => appliers.push((claimed.claim.epoch, applier)),
             Err(error) => assert_eq!(error.class, Class::Retry, "{error}"),
         }
     }
@@ -185,7 +185,7 @@ async fn a_claim_ends_a_range_that_is_being_copied() {
     let endless: BulkStream = futures::stream::once(async { Ok(Bytes::from_static(b"1\tx\n")) }).chain(futures::stream::pending()).boxed();
     let (old, table) = (target.clone(), items.clone());
     let range = Range { number: 0, blocks: None };
-    let load = tokio::spawn(async move { old.load(&key("s"), 1, &table, generation, &range, BulkFormat::PostgresText, endless).await });
+    let load = tokio::spawn(async move { old.load(&claim("s", 1), &table, generation, &range, BulkFormat::PostgresText, endless).await });
     eventually(10, "the range is being copied", || async {
         let copying = admin.query_one("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND state = 'active'", &[]).await;
         copying.expect("a count").get::<_, i64>(0) == 1
@@ -258,7 +258,7 @@ async fn checkpoint_and_rows_move_together_whenever_the_backend_is_killed() {
                     continue;
                 }
             };
-            held = Some(claimed.epoch);
+            held = Some(claimed.claim.epoch);
             if next.prepare(std::slice::from_ref(&items)).await.is_ok() {
                 break (claimed.checkpoint.expect("a checkpoint"), next);
             }
@@ -552,8 +552,8 @@ async fn a_table_is_made_copied_and_finished() {
         futures::stream::iter(bytes.chunks(size).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect::<Vec<_>>()).boxed()
     };
     let load = |number, format, stream| {
-        let (target, items) = (target.clone(), items.clone());
-        async move { target.load(&key("s"), claimed.epoch, &items, generation, &Range { number, blocks: None }, format, stream).await }
+        let (target, items, claim) = (target.clone(), items.clone(), claimed.claim.clone());
+        async move { target.load(&claim, &items, generation, &Range { number, blocks: None }, format, stream).await }
     };
     let text_rows: Vec<u8> = (10_000..12_000).flat_map(|id| format!("{id}\trow {id}\n").into_bytes()).collect();
     let (a, b, c) = tokio::join!(
@@ -573,7 +573,7 @@ async fn a_table_is_made_copied_and_finished() {
     assert_eq!(done, [0, 1, 2]);
     applier.set_state(&items, TableState::Copied, None).await.expect("a state");
     for _ in 0..2 {
-        target.finish(&key("s"), claimed.epoch, &items).await.expect("finished");
+        target.finish(&claimed.claim, &items).await.expect("finished");
     }
     let keys =
         admin.query("SELECT conname, contype::text FROM pg_constraint WHERE conrelid = 'shop.items'::regclass", &[]).await.expect("keys");
