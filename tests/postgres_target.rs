@@ -10,7 +10,7 @@ use sluice::connectors::postgres::applier::PostgresApplier;
 use sluice::connectors::postgres::{Endpoint, Lsn, endpoint::Secret, target::PostgresTarget};
 use sluice::engine::batch::Part;
 use sluice::engine::error::{Class, reason};
-use sluice::engine::roles::{Apply as _, ApplyMode, BulkFormat, BulkStream, Range, SourceIdentity, Target as _};
+use sluice::engine::roles::{Apply as _, ApplyMode, BulkFormat, BulkStream, Fed, Range, SourceIdentity, Target as _};
 use sluice::engine::table::{MappedTable, TableState};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -628,25 +628,33 @@ async fn what_can_not_work_is_refused_with_its_cure() {
     let as_a = target(server.endpoint("checks"));
     let as_b = PostgresTarget::new(server.endpoint("checks"), owner("b"));
     let as_writer = target(writer.clone());
-    as_a.check(&elsewhere, std::slice::from_ref(&items)).await.expect("its own table");
-    as_a.check(&here, std::slice::from_ref(&items)).await.expect("another name in the same database");
+    as_a.check(&elsewhere, std::slice::from_ref(&items), &[]).await.expect("its own table");
+    as_a.check(&here, std::slice::from_ref(&items), &[]).await.expect("another name in the same database");
 
     let refused = |result: sluice::engine::error::Result<()>, reason: &str, says: &str| {
         let error = result.expect_err("refused");
         assert_eq!(error.reason, reason, "{error}");
         assert!(error.message.contains(says), "{error}");
     };
-    refused(as_a.check(&here, &[mapped(2, "x", "public", &["!id int4"])]).await, reason::SAME_TABLE, "public.x");
-    refused(as_b.check(&elsewhere, std::slice::from_ref(&items)).await, reason::DUPLICATE_TARGET, "team/a");
+    refused(as_a.check(&here, &[mapped(2, "x", "public", &["!id int4"])], &[]).await, reason::SAME_TABLE, "public.x");
+    refused(as_b.check(&elsewhere, std::slice::from_ref(&items), &[]).await, reason::DUPLICATE_TARGET, "team/a");
     let mut two = mapped(2, "other", "shop", &["!id int4", "v text"]);
     two.target.name = "items".into();
-    refused(as_a.check(&elsewhere, &[items.clone(), two]).await, reason::DUPLICATE_TARGET, "public.items and public.other");
+    refused(as_a.check(&elsewhere, &[items.clone(), two], &[]).await, reason::DUPLICATE_TARGET, "public.items and public.other");
     let mut looped = mapped(2, "items", "third", &["!id int4", "v text"]);
     std::sync::Arc::make_mut(&mut looped.version).name.schema = "shop".into();
-    refused(as_b.check(&here, std::slice::from_ref(&looped)).await, reason::TARGET_IS_MIRRORED, "team/a");
-    as_b.check(&elsewhere, &[looped]).await.expect("another server's table");
+    let fed = |system_identifier: &str| Fed {
+        table: looped.source().clone(),
+        system_identifier: system_identifier.into(),
+        database: "checks".into(),
+        origin: looped.target.clone(),
+        owner: "team/a".into(),
+    };
+    let looped = std::slice::from_ref(&looped);
+    refused(as_b.check(&elsewhere, looped, &[fed(&here.system_identifier)]).await, reason::TARGET_IS_MIRRORED, "team/a");
+    as_b.check(&elsewhere, looped, &[fed("another")]).await.expect("fed by another server's table of that name");
     refused(
-        as_a.check(&elsewhere, &[mapped(2, "x", "n", &["!id int4", "m public.mood"])]).await,
+        as_a.check(&elsewhere, &[mapped(2, "x", "n", &["!id int4", "m public.mood"])], &[]).await,
         reason::TYPE_MISSING,
         "CREATE TYPE \"public\".\"mood\"",
     );
@@ -656,12 +664,20 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         .await
         .expect("tables");
     let narrow = mapped(2, "t", "own", &["!id int4", "v varchar(9)"]);
-    refused(as_a.check(&elsewhere, &[narrow]).await, reason::TARGET_TABLE_INCOMPATIBLE, "ALTER COLUMN \"v\" TYPE character varying(9)");
-    refused(as_a.check(&elsewhere, &[mapped(2, "view", "own", &["!id int4"])]).await, reason::TARGET_TABLE_INCOMPATIBLE, "not a table");
+    refused(
+        as_a.check(&elsewhere, &[narrow], &[]).await,
+        reason::TARGET_TABLE_INCOMPATIBLE,
+        "ALTER COLUMN \"v\" TYPE character varying(9)",
+    );
+    refused(
+        as_a.check(&elsewhere, &[mapped(2, "view", "own", &["!id int4"])], &[]).await,
+        reason::TARGET_TABLE_INCOMPATIBLE,
+        "not a table",
+    );
 
     let fits = mapped(2, "t", "own", &["!id int4", "v varchar(3)"]);
     refused(
-        as_writer.check(&elsewhere, std::slice::from_ref(&fits)).await,
+        as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await,
         reason::PRIVILEGE_MISSING,
         "permission denied for schema _sluice",
     );
@@ -670,16 +686,16 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         .await
         .expect("grants");
     refused(
-        as_writer.check(&elsewhere, std::slice::from_ref(&fits)).await,
+        as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await,
         reason::PRIVILEGE_MISSING,
         "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON \"own\".\"t\"",
     );
     refused(
-        as_writer.check(&elsewhere, &[mapped(2, "new", "own", &["!id int4"])]).await,
+        as_writer.check(&elsewhere, &[mapped(2, "new", "own", &["!id int4"])], &[]).await,
         reason::PRIVILEGE_MISSING,
         "GRANT CREATE, USAGE ON SCHEMA \"own\"",
     );
-    as_writer.check(&elsewhere, &[mapped(2, "new", "fresh", &["!id int4"])]).await.expect("a schema of its own");
+    as_writer.check(&elsewhere, &[mapped(2, "new", "fresh", &["!id int4"])], &[]).await.expect("a schema of its own");
     admin
         .batch_execute(
             "GRANT ALL ON own.t TO writer; CREATE FUNCTION own.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
@@ -688,21 +704,21 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         .await
         .expect("a trigger");
     refused(
-        as_writer.check(&elsewhere, std::slice::from_ref(&fits)).await,
+        as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await,
         reason::TARGET_TABLE_INCOMPATIBLE,
         "GRANT SET ON PARAMETER session_replication_role TO \"writer\"",
     );
-    as_a.check(&elsewhere, std::slice::from_ref(&fits)).await.expect("with replica role");
+    as_a.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
     admin
         .batch_execute("DROP TRIGGER swallow ON own.t; CREATE TABLE own.child (t int4 REFERENCES own.t ON DELETE CASCADE)")
         .await
         .expect("a child");
-    refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits)).await, reason::TARGET_TABLE_INCOMPATIBLE, "child_t_fkey");
+    refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await, reason::TARGET_TABLE_INCOMPATIBLE, "child_t_fkey");
     admin.batch_execute("GRANT SET ON PARAMETER session_replication_role TO writer").await.expect("a grant");
-    as_writer.check(&elsewhere, std::slice::from_ref(&fits)).await.expect("with replica role");
+    as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
 
     admin.batch_execute("ALTER DATABASE checks SET default_transaction_read_only = on").await.expect("read only");
-    refused(as_a.check(&elsewhere, &[items.clone()]).await, reason::TARGET_READ_ONLY, "default_transaction_read_only");
+    refused(as_a.check(&elsewhere, &[items.clone()], &[]).await, reason::TARGET_READ_ONLY, "default_transaction_read_only");
     let error = as_a.claim(&key("s"), &owner("a"), None).await.err().expect("refused");
     assert_eq!((error.class, error.reason), (Class::Retry, reason::TARGET_READ_ONLY));
 }

@@ -58,7 +58,19 @@ pub fn classify(side: Side, what: &str, error: &tokio_postgres::Error) -> Error 
 #[must_use]
 pub fn classify_server(side: Side, what: &str, error: &ServerError) -> Error {
     let (class, reason) = by_state(side, &error.code, &error.message);
-    Error::new(class, reason, cut(describe(what, error)))
+    let cure = cure(reason).map(|cure| format!(": {cure}")).unwrap_or_default();
+    Error::new(class, reason, cut(describe(what, error) + &cure))
+}
+
+/// What to do about a failure whose words do not say it.
+fn cure(reason: &str) -> Option<&'static str> {
+    match reason {
+        reason::WAL_LEVEL_NOT_LOGICAL => Some("run ALTER SYSTEM SET wal_level = 'logical' on the source and restart it"),
+        reason::NO_FREE_REPLICATION_SLOT => Some("drop a slot that nobody needs, or raise max_replication_slots and restart the source"),
+        reason::NO_FREE_WAL_SENDER => Some("raise max_wal_senders and restart the source"),
+        reason::ROLE_LACKS_REPLICATION => Some("run ALTER ROLE … REPLICATION on the source"),
+        _ => None,
+    }
 }
 
 /// The connection is gone.

@@ -10,9 +10,9 @@ use super::pgoutput::binary_allowed;
 use super::replication::{ReplicationClient, connect_replication};
 use super::slot::NewSlot;
 use super::snapshot::PostgresSnapshot;
-use super::{errors, publication, slot};
+use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::roles::{BatchLimits, LogState, Selection, Source, SourceIdentity};
+use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
 use crate::engine::table::{MappedTable, QualifiedName};
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
@@ -151,6 +151,13 @@ impl Source for PostgresSource {
         let tables = catalog::tables(&session, &server, selection).await?;
         self.keep(session);
         Ok(tables)
+    }
+
+    async fn fed(&self, tables: &[MappedTable]) -> Result<Vec<Fed>> {
+        let session = self.session().await?;
+        let fed = fed::fed(&session, tables).await?;
+        self.keep(session);
+        Ok(fed)
     }
 
     async fn publish(&self, tables: &[MappedTable]) -> Result<()> {

@@ -244,6 +244,7 @@ fn mapped(relation: &Relation, wish: &Wish, key: &Key) -> MappedTable {
             name: relation.name.clone(),
             columns: copied,
             identity: if *key == Key::Full { Identity::Full } else { Identity::Key },
+            differs: None,
         }),
         target: wish.target.clone(),
         generated,

@@ -120,7 +120,7 @@ mod tests {
         let columns = ["id", "a", "b"].into_iter().filter(|name| !excluded.contains(name)).map(column).collect();
         let name = QualifiedName::new("public", format!("t{id}"));
         MappedTable {
-            version: Arc::new(TableVersion { id, name: name.clone(), columns, identity: Identity::Key }),
+            version: Arc::new(TableVersion { id, name: name.clone(), columns, identity: Identity::Key, differs: None }),
             target: name,
             generated: Vec::new(),
             excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
