@@ -174,7 +174,7 @@ pub enum UpdatePolicy {
 /// Keeps tables of a target identical to those of a source.
 #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[kube(group = "sluice.dev", version = "v1alpha1", kind = "Mirror", namespaced, status = "MirrorStatus",
+#[kube(group = "sluice.dev", version = "v1alpha1", kind = "Mirror", namespaced, cel, status = "MirrorStatus",
     plural = "mirrors", shortname = "mir", category = "cdc", doc = "Keeps tables of a target identical to those of a source.",
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
