@@ -16,8 +16,7 @@ const QUALIFIED_NAME: i64 = 317;
 /// Most resources (cpu, memory, …) that a container may name.
 const RESOURCES: i64 = 16;
 /// A quantity, as Kubernetes' own generator of CRDs describes it.
-const QUANTITY: &str =
-    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$";
+const QUANTITY: &str = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$";
 
 /// The definitions of all kinds.
 pub fn all() -> Vec<CustomResourceDefinition> {

@@ -72,7 +72,7 @@ pub struct Snapshot {
     pub enabled: bool,
     /// With `enabled: false`: the commit end LSN up to which the target already equals the source (for example of a
     /// restored backup). The slot named by `slotName` must exist and must not be ahead of it.
-    #[schemars(regex(pattern = r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$"))]
+    #[schemars(length(max = 17), regex(pattern = r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_position: Option<String>,
     /// Rows of one range of a table, by the planner's estimate; 250000 when absent.
