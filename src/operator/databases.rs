@@ -81,30 +81,17 @@ pub struct CleanedUp {
     pub publication_dropped: bool,
 }
 
-/// A way to a database and which Secrets it was made of.
-#[derive(Clone, Debug)]
-pub struct Resolved {
-    /// The way.
-    pub endpoint: Endpoint,
-    /// Name and resourceVersion of each Secret: another version may hold another password.
-    pub secret_versions: BTreeMap<String, String>,
-}
-
 /// Reads the Secrets that `spec` names in `namespace`, live and in parallel, and builds the way to the database.
 ///
 /// # Errors
 /// Class `Missing` with reason `SecretNotFound` or `SecretKeyMissing`, naming Secret and key; class `Invalid` when the spec can't
 /// be right; otherwise as the API server answers. No value of a Secret is in a message.
-pub async fn resolve(ctx: &Context, namespace: &str, spec: &ConnectionSpec<'_>) -> Result<Resolved> {
+pub async fn resolve(ctx: &Context, namespace: &str, spec: &ConnectionSpec<'_>) -> Result<Endpoint> {
     let names = spec.secret_names();
     let reads = names.iter().map(|name| apply::get::<Secret>(ctx, namespace, name));
     let found = try_join_all(reads).await?;
-    let secrets: BTreeMap<_, _> = names.into_iter().zip(found).filter_map(|(name, secret)| Some((name, secret?))).collect();
-    let version = |secret: &Secret| secret.metadata.resource_version.clone().unwrap_or_default();
-    Ok(Resolved {
-        endpoint: endpoint(spec, &secrets)?,
-        secret_versions: secrets.iter().map(|(name, secret)| ((*name).to_owned(), version(secret))).collect(),
-    })
+    let secrets = names.into_iter().zip(found).filter_map(|(name, secret)| Some((name, secret?)));
+    endpoint(spec, &secrets.collect())
 }
 
 /// The way to the database. `secrets` by name; a missing one was not found.
