@@ -38,7 +38,7 @@ demo: ## A whole mirror on a real cluster (CLUSTER=local|current|kind)
 demo-down: ## Remove everything that the demo made
 	@e2e/demo/demo.sh down
 
-crds: ## Generate crds/ and the chart's copy from src/resources
+crds: ## Generate crds/ from src/resources, and what is made from them in charts/ and config/
 	@e2e/crds.sh
 
 deny: ## Licences, advisories and bans of the dependencies

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# crds.sh - write what `sluice crds` prints into crds/, one file per kind, and the same files into the chart.
+# crds.sh - write what `sluice crds` prints into crds/, one file per kind, the same files into the chart, and render
+# the kustomize bases from the chart again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 new=$(mktemp -d)
@@ -16,4 +17,5 @@ for folder in crds charts/sluice/crd-files; do
   rm -f "$folder"/*.yaml
   cp "$new"/*.yaml "$folder/"
 done
+config/render.sh
 ls crds

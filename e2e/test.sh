@@ -50,8 +50,7 @@ sum_of() { sed -nE "s/^test result: .* ([0-9]+) $1[;.].*/\1/p" "$2" | awk '{ n +
 
 run_chart() {
   local good=0 bad=0
-  check "chart: lint, shapes, refusals" charts/check.sh
-  check "config: kustomize bases" config/check.sh
+  check "chart and kustomize bases: lint, shapes, refusals, drift" charts/check.sh
   count chart $good $bad
 }
 

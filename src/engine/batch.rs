@@ -166,6 +166,11 @@ impl Batch {
     pub fn push(&mut self, change: Change) {
         self.changes.push(change);
     }
+
+    /// Drops all but the first changes: those of a transaction whose end will not come.
+    pub fn truncate(&mut self, changes: usize) {
+        self.changes.truncate(changes);
+    }
 }
 
 /// The end of one source transaction inside a [`Part`].

@@ -90,10 +90,7 @@ pub fn plan(batch: &Batch, rules: &[TableRule<'_>], due: impl Fn(&Change, usize)
             planner.skip(change);
         }
     }
-    Ok(Plan {
-        steps: planner.steps,
-        column_sets: planner.column_sets,
-    })
+    Ok(Plan { steps: planner.steps, column_sets: planner.column_sets })
 }
 
 /// The last step of each key by the hash of its bytes. Two keys with one hash count as one: that costs a step and
@@ -211,10 +208,7 @@ impl<'a> Planner<'a> {
         };
         if let Some(wrong) = wrong {
             let table = &self.batch.table(change).name;
-            return Err(Error::stop(
-                reason::PROTOCOL_VIOLATION,
-                format!("the source sent {wrong} (table {table})"),
-            ));
+            return Err(Error::stop(reason::PROTOCOL_VIOLATION, format!("the source sent {wrong} (table {table})")));
         }
         Ok(match change.op {
             Op::Insert => Action::Insert,
@@ -235,13 +229,7 @@ impl<'a> Planner<'a> {
             Side::New => (cells(change.new), cells(change.new)),
         };
         let key = self.rules[change.table as usize].key;
-        key.iter().map(move |&column| {
-            if is_unchanged(first[column]) {
-                fallback[column]
-            } else {
-                first[column]
-            }
-        })
+        key.iter().map(move |&column| if is_unchanged(first[column]) { fallback[column] } else { first[column] })
     }
 
     fn key_moves(&self, change: &Change) -> bool {
@@ -253,8 +241,7 @@ impl<'a> Planner<'a> {
     fn columns(&mut self, change: &Change) -> u32 {
         self.missing.clear();
         let cells = self.batch.cells(change.new).iter().zip(0u32..);
-        self.missing
-            .extend(cells.filter(|(cell, _)| is_unchanged(**cell)).map(|(_, column)| column));
+        self.missing.extend(cells.filter(|(cell, _)| is_unchanged(**cell)).map(|(_, column)| column));
         let known = self.column_sets.iter().position(|set| *set == self.missing);
         let number = known.unwrap_or_else(|| {
             self.column_sets.push(self.missing.clone());
@@ -268,27 +255,15 @@ impl<'a> Planner<'a> {
         let side = if action == Action::Delete { Side::Old } else { Side::New };
         self.split_where_encodings_change(change, side);
         let hash = self.hash(change, side);
-        let old_hash = if action == Action::UpdateKey {
-            self.hash(change, Side::Old)
-        } else {
-            hash
-        };
+        let old_hash = if action == Action::UpdateKey { self.hash(change, Side::Old) } else { hash };
 
         let end = self.steps.len() as u32;
         let lane = &mut self.lanes[change.table as usize];
         let behind = |hash: &u64| lane.last_of_key.get(hash).map_or(0, |last| last + 1);
         let earliest = lane.floor.max(behind(&hash)).max(behind(&old_hash));
-        let alike = match lane
-            .alike
-            .iter()
-            .position(|alike| alike.action == action && alike.columns == columns)
-        {
+        let alike = match lane.alike.iter().position(|alike| alike.action == action && alike.columns == columns) {
             Some(position) => &mut lane.alike[position],
-            None => lane.alike.push_mut(Alike {
-                action,
-                columns,
-                steps: Vec::new(),
-            }),
+            None => lane.alike.push_mut(Alike { action, columns, steps: Vec::new() }),
         };
         let place = alike.steps.partition_point(|step| *step < earliest);
         let step = alike.steps.get(place).copied().unwrap_or(end);
@@ -348,12 +323,7 @@ impl<'a> Planner<'a> {
     }
 
     fn new_step(&mut self, action: Action, table: u32, columns: u32) -> u32 {
-        self.steps.push(Step {
-            action,
-            table,
-            columns,
-            changes: Vec::new(),
-        });
+        self.steps.push(Step { action, table, columns, changes: Vec::new() });
         (self.steps.len() - 1) as u32
     }
 

@@ -8,11 +8,13 @@ use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret as Hidden, TlsMode};
+use crate::connectors::postgres::{cleanup, inspect};
 use crate::engine;
 use crate::resources::common;
 use crate::resources::conditions::reason;
 use crate::resources::{ConnectionSpec, KeyRef, LocalRef};
 use crate::worker::credentials::without_newline;
+use futures::FutureExt as _;
 use futures::future::{BoxFuture, try_join_all};
 use k8s_openapi::api::core::v1::Secret;
 use std::collections::BTreeMap;
@@ -79,6 +81,36 @@ pub struct CleanedUp {
     pub slot_dropped: bool,
     /// The publication.
     pub publication_dropped: bool,
+}
+
+/// PostgreSQL's connector: the one place where the operator calls it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Postgres;
+
+impl Databases for Postgres {
+    fn inspect<'a>(&'a self, endpoint: &'a Endpoint, side: Side) -> BoxFuture<'a, engine::error::Result<Inspection>> {
+        async move {
+            let found = inspect::inspect(endpoint, side, inspect::Checks::default()).await?;
+            let failed = found.failed.into_iter().map(|failed| FailedPrerequisite {
+                name: failed.name.to_owned(),
+                message: failed.message,
+                cure: failed.cure,
+                warning: failed.warning,
+            });
+            Ok(Inspection { failed: failed.collect(), server_version: found.server_version, system_identifier: found.system_identifier })
+        }
+        .boxed()
+    }
+
+    fn clean_up<'a>(&'a self, endpoint: &'a Endpoint, leftovers: &'a Leftovers) -> BoxFuture<'a, engine::error::Result<CleanedUp>> {
+        async move {
+            let Leftovers { slot, drop_slot, publication } = leftovers;
+            let doomed = cleanup::Doomed { slot, drop_slot: *drop_slot, publication: publication.as_deref() };
+            let cleanup::CleanUp { slot_dropped, publication_dropped } = cleanup::drop_slot_and_publication(endpoint, doomed).await?;
+            Ok(CleanedUp { slot_dropped, publication_dropped })
+        }
+        .boxed()
+    }
 }
 
 /// Reads the Secrets that `spec` names in `namespace`, live and in parallel, and builds the way to the database.

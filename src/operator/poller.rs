@@ -30,6 +30,8 @@ const MANY: usize = 3_000;
 const IN_FLIGHT: usize = 256;
 /// Failures in a row that make a transition: one lost answer is none.
 const FAILURES: u32 = 2;
+/// A poll that has not been settled by then is repeated; far above the deadline of a call.
+const LOST: Duration = Duration::from_secs(30);
 /// Wake-ups for progress, all Mirrors together.
 const PROGRESS_PER_SECOND: f64 = 20.0;
 /// Wake-ups that wait to be taken; what does not fit is sent at the next poll.
@@ -100,7 +102,8 @@ struct Worker {
     mirror: ObjectRef<Mirror>,
     address: String,
     due: Instant,
-    in_flight: bool,
+    /// When the last poll that was settled had begun.
+    settled: Option<Instant>,
     polled: Polled,
     /// What the Mirror was woken with last, and when.
     told: Option<(Key, Numbers, Instant)>,
@@ -122,14 +125,7 @@ pub struct PollerHandle {
 impl Default for PollerHandle {
     fn default() -> Self {
         let (wake, woken) = mpsc::channel(QUEUE);
-        Self {
-            state: Arc::new(State {
-                workers: Mutex::default(),
-                changed: Notify::new(),
-                wake,
-                woken: Mutex::new(Some(woken)),
-            }),
-        }
+        Self { state: Arc::new(State { workers: Mutex::default(), changed: Notify::new(), wake, woken: Mutex::new(Some(woken)) }) }
     }
 }
 
@@ -142,21 +138,8 @@ impl PollerHandle {
             return;
         }
         let told = workers.remove(uid).and_then(|worker| worker.told);
-        let polled = Polled {
-            status: None,
-            failure: None,
-        };
-        workers.insert(
-            uid.to_owned(),
-            Worker {
-                mirror,
-                address: address.to_owned(),
-                due: Instant::now(),
-                in_flight: false,
-                polled,
-                told,
-            },
-        );
+        let polled = Polled { status: None, failure: None };
+        workers.insert(uid.to_owned(), Worker { mirror, address: address.to_owned(), due: Instant::now(), settled: None, polled, told });
         drop(workers);
         self.state.changed.notify_one();
     }
@@ -176,10 +159,7 @@ impl PollerHandle {
 
     /// What is known of the worker; `None` before its first poll has ended.
     pub fn latest(&self, uid: &str) -> Option<Polled> {
-        self.workers()
-            .get(uid)
-            .map(|worker| worker.polled.clone())
-            .filter(|polled| polled.status.is_some() || polled.failure.is_some())
+        self.workers().get(uid).map(|worker| worker.polled.clone()).filter(|polled| polled.status.is_some() || polled.failure.is_some())
     }
 
     /// Mirrors to wake, for `Controller::reconcile_on`. One taker; a second gets a stream that stays empty.
@@ -202,55 +182,38 @@ impl PollerHandle {
     fn take_due(&self, room: usize) -> (Vec<(String, String)>, Option<Instant>) {
         let now = Instant::now();
         let mut taken = Vec::new();
-        let mut next = None;
-        for (uid, worker) in self.workers().iter_mut().filter(|(_, worker)| !worker.in_flight) {
+        let mut next: Option<Instant> = None;
+        for (uid, worker) in self.workers().iter_mut() {
             if worker.due <= now && taken.len() < room {
-                worker.in_flight = true;
+                worker.due = now + LOST;
                 taken.push((uid.clone(), worker.address.clone()));
-            } else {
-                next = Some(next.map_or(worker.due, |next: Instant| next.min(worker.due)));
             }
+            next = Some(next.map_or(worker.due, |next| next.min(worker.due)));
         }
         (taken, next)
     }
 
-    /// Notes an answer, wakes the Mirror if need be, and sets the time of the next poll.
-    fn settle(&self, uid: &str, address: &str, answer: Result<Status, WorkerError>) {
+    /// Notes the answer to a poll that began at `begun`, wakes the Mirror if need be, and sets the time of the next poll.
+    fn settle(&self, uid: &str, address: &str, begun: Instant, answer: Result<Status, WorkerError>) {
         let now = Instant::now();
         let mut workers = self.workers();
         let count = workers.len();
-        // The worker may have been taken out or moved meanwhile.
-        let Some(worker) = workers.get_mut(uid).filter(|worker| worker.address == address) else {
+        // The worker may have been taken out or moved meanwhile, or a later poll may have been answered first.
+        let Some(worker) = workers.get_mut(uid).filter(|worker| worker.address == address && worker.settled < Some(begun)) else {
             return;
         };
-        worker.in_flight = false;
+        worker.settled = Some(begun);
         match answer {
-            Ok(status) => {
-                worker.polled = Polled {
-                    status: Some((Arc::new(status), now)),
-                    failure: None,
-                }
-            }
+            Ok(status) => worker.polled = Polled { status: Some((Arc::new(status), now)), failure: None },
             Err(error) => {
-                let (before, since) = worker
-                    .polled
-                    .failure
-                    .as_ref()
-                    .map_or((0, now), |failure| (failure.count, failure.since));
-                worker.polled.failure = Some(PollFailure {
-                    error,
-                    count: before.saturating_add(1),
-                    since,
-                });
+                let (before, since) = worker.polled.failure.as_ref().map_or((0, now), |failure| (failure.count, failure.since));
+                worker.polled.failure = Some(PollFailure { error, count: before.saturating_add(1), since });
             }
         }
         worker.due = now + interval(&worker.polled, count, rand::rng().random());
         let (key, numbers) = digest(&worker.polled);
         let Some(key) = key else { return };
-        let told = worker
-            .told
-            .as_ref()
-            .map(|(key, numbers, at)| (key, numbers, now.duration_since(*at)));
+        let told = worker.told.as_ref().map(|(key, numbers, at)| (key, numbers, now.duration_since(*at)));
         if decide(told, &key, &numbers, count) == Wake::No {
             return;
         }
@@ -263,10 +226,7 @@ impl PollerHandle {
     fn phases(&self) -> Vec<(String, usize)> {
         let mut counts = BTreeMap::<String, usize>::new();
         for worker in self.workers().values() {
-            let phase = worker
-                .polled
-                .current()
-                .map_or_else(|| "Unreachable".to_owned(), |status| format!("{:?}", status.phase));
+            let phase = worker.polled.current().map_or_else(|| "Unreachable".to_owned(), |status| format!("{:?}", status.phase));
             *counts.entry(phase).or_default() += 1;
         }
         counts.into_iter().collect()
@@ -306,21 +266,11 @@ fn decide(told: Option<(&Key, &Numbers, Duration)>, key: &Key, numbers: &Numbers
     if last_key != key {
         return Wake::Transition;
     }
-    let copying = matches!(
-        key,
-        Key::Answers {
-            phase: Phase::Copying | Phase::CatchingUp,
-            ..
-        }
-    );
+    let copying = matches!(key, Key::Answers { phase: Phase::Copying | Phase::CatchingUp, .. });
     let pace = Duration::from_secs(if copying { 10 } else { 60 });
     #[allow(clippy::cast_precision_loss)] // far below 2^52 workers
     let fair = Duration::from_secs_f64(count as f64 / PROGRESS_PER_SECOND);
-    if last_numbers != numbers && ago >= pace.max(fair) {
-        Wake::Progress
-    } else {
-        Wake::No
-    }
+    if last_numbers != numbers && ago >= pace.max(fair) { Wake::Progress } else { Wake::No }
 }
 
 /// Time to the next poll, ± 20 % so that workers spread; `random` lies in `0.0..1.0`.
@@ -329,10 +279,7 @@ fn interval(polled: &Polled, count: usize, random: f64) -> Duration {
         // An unreachable worker is asked often at first; its pod's events wake the Mirror anyway.
         (Some(failure), _) => failure.count <= 10,
         (None, Some((status, _))) => {
-            matches!(
-                status.phase,
-                Phase::Starting | Phase::SettingUp | Phase::Copying | Phase::CatchingUp | Phase::Retrying
-            )
+            matches!(status.phase, Phase::Starting | Phase::SettingUp | Phase::Copying | Phase::CatchingUp | Phase::Retrying)
         }
         (None, None) => true,
     };
@@ -354,9 +301,9 @@ pub async fn run(handle: PollerHandle, client: WorkerClient, metrics: Metrics, s
         for (uid, address) in due {
             let client = client.clone();
             polls.spawn(async move {
-                let begin = Instant::now();
+                let begun = Instant::now();
                 let answer = client.status(&address, &uid).await;
-                (uid, address, answer, begin.elapsed())
+                (uid, address, begun, answer)
             });
         }
         if counted.elapsed() >= Duration::from_secs(1) {
@@ -367,9 +314,9 @@ pub async fn run(handle: PollerHandle, client: WorkerClient, metrics: Metrics, s
         let wait = tokio::time::Instant::from_std(next.max(Instant::now() + Duration::from_millis(50)));
         tokio::select! {
             () = shutdown.cancelled() => return,
-            Some(Ok((uid, address, answer, took))) = polls.join_next() => {
-                metrics.polled(answer.as_ref().map_or_else(WorkerError::reason, |_| "ok"), took);
-                handle.settle(&uid, &address, answer);
+            Some(Ok((uid, address, begun, answer))) = polls.join_next() => {
+                metrics.polled(answer.as_ref().map_or_else(WorkerError::reason, |_| "ok"), begun.elapsed());
+                handle.settle(&uid, &address, begun, answer);
             }
             () = handle.state.changed.notified() => {}
             () = tokio::time::sleep_until(wait), if polls.len() < IN_FLIGHT => {}
@@ -391,10 +338,7 @@ mod tests {
     }
 
     fn answered(status: Status) -> Polled {
-        Polled {
-            status: Some((Arc::new(status), Instant::now())),
-            failure: None,
-        }
+        Polled { status: Some((Arc::new(status), Instant::now())), failure: None }
     }
 
     fn key(status: Status) -> Key {
@@ -404,11 +348,7 @@ mod tests {
     fn failed(count: u32) -> Polled {
         Polled {
             status: Some((Arc::new(status(Phase::Streaming)), Instant::now())),
-            failure: Some(PollFailure {
-                error: WorkerError::Unauthorized,
-                count,
-                since: Instant::now(),
-            }),
+            failure: Some(PollFailure { error: WorkerError::Unauthorized, count, since: Instant::now() }),
         }
     }
 
@@ -428,7 +368,7 @@ mod tests {
                     message: String::new(),
                     count: 1,
                     retry_in_seconds: None,
-                })
+                });
             },
             |status| status.epoch = 2,
             |status| status.generation = 2,
@@ -453,23 +393,14 @@ mod tests {
                 count,
                 retry_in_seconds: None,
             };
-            key(Status {
-                error: Some(failure),
-                ..status(Phase::Retrying)
-            })
+            key(Status { error: Some(failure), ..status(Phase::Retrying) })
         };
         assert_eq!(with(1), with(9));
     }
 
     #[test]
     fn progress_is_throttled_by_phase_and_by_number() {
-        let (old, new) = (
-            Numbers::default(),
-            Numbers {
-                rows_copied: 7,
-                ..Numbers::default()
-            },
-        );
+        let (old, new) = (Numbers::default(), Numbers { rows_copied: 7, ..Numbers::default() });
         let at = |phase, seconds, count| {
             let same = key(status(phase));
             decide(Some((&same, &old, Duration::from_secs(seconds))), &same, &new, count)
@@ -481,11 +412,7 @@ mod tests {
         assert_eq!(at(Phase::Streaming, 499, 10_000), Wake::No);
         assert_eq!(at(Phase::Streaming, 500, 10_000), Wake::Progress);
         let same = key(status(Phase::Streaming));
-        assert_eq!(
-            decide(Some((&same, &old, Duration::from_secs(9_999))), &same, &old, 1),
-            Wake::No,
-            "nothing moved"
-        );
+        assert_eq!(decide(Some((&same, &old, Duration::from_secs(9_999))), &same, &old, 1), Wake::No, "nothing moved");
     }
 
     #[test]
@@ -513,18 +440,14 @@ mod tests {
     fn a_full_queue_loses_no_transition() {
         let handle = PollerHandle::default();
         for number in 0..=QUEUE {
-            handle.register(
-                ObjectRef::new(&format!("m{number}")).within("n"),
-                &format!("u{number}"),
-                "1.2.3.4:1",
-            );
-            handle.settle(&format!("u{number}"), "1.2.3.4:1", Ok(status(Phase::Copying)));
+            handle.register(ObjectRef::new(&format!("m{number}")).within("n"), &format!("u{number}"), "1.2.3.4:1");
+            handle.settle(&format!("u{number}"), "1.2.3.4:1", Instant::now(), Ok(status(Phase::Copying)));
         }
         let untold = |handle: &PollerHandle| handle.workers().values().filter(|worker| worker.told.is_none()).count();
         assert_eq!(untold(&handle), 1);
         let mut woken = handle.state.woken.lock().expect("no panic").take().expect("not taken yet");
         assert!(woken.try_recv().is_ok());
-        handle.settle(&format!("u{QUEUE}"), "1.2.3.4:1", Ok(status(Phase::Copying)));
+        handle.settle(&format!("u{QUEUE}"), "1.2.3.4:1", Instant::now(), Ok(status(Phase::Copying)));
         assert_eq!(untold(&handle), 0);
     }
 
@@ -533,7 +456,30 @@ mod tests {
         let handle = PollerHandle::default();
         handle.register(ObjectRef::new("m").within("n"), "u", "1.2.3.4:1");
         handle.register(ObjectRef::new("m").within("n"), "u", "1.2.3.5:1");
-        handle.settle("u", "1.2.3.4:1", Ok(status(Phase::Streaming)));
+        handle.settle("u", "1.2.3.4:1", Instant::now(), Ok(status(Phase::Streaming)));
         assert!(handle.latest("u").is_none());
+    }
+
+    #[test]
+    fn an_answer_that_was_overtaken_is_dropped() {
+        let handle = PollerHandle::default();
+        handle.register(ObjectRef::new("m").within("n"), "u", "a");
+        let first = Instant::now();
+        let second = first + Duration::from_millis(1);
+        handle.settle("u", "a", second, Ok(status(Phase::Suspended)));
+        handle.settle("u", "a", first, Ok(status(Phase::Streaming)));
+        let phase = handle.latest("u").and_then(|polled| polled.current().map(|status| status.phase));
+        assert_eq!(phase, Some(Phase::Suspended));
+    }
+
+    #[test]
+    fn a_poll_under_way_is_not_begun_again_unless_asked_for() {
+        let handle = PollerHandle::default();
+        handle.register(ObjectRef::new("m").within("n"), "u", "a");
+        assert_eq!(handle.take_due(0).0.len(), 0, "no room");
+        assert_eq!(handle.take_due(1).0.len(), 1);
+        assert_eq!(handle.take_due(1).0.len(), 0, "under way");
+        handle.poll_soon("u");
+        assert_eq!(handle.take_due(1).0.len(), 1, "what was pushed meanwhile is seen by a poll of its own");
     }
 }

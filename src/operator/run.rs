@@ -1,15 +1,15 @@
 //! From the first second to the last: probes, client, kinds, keys, lease, controllers, drain.
 
+use super::backoff::spread;
 use super::context::Context;
 use super::error::{OperatorError, chain};
 use super::health::{self, Health};
 use super::leader::{Candidate, Times};
 use super::metrics::Metrics;
 use super::options::Options;
-use super::shutdown::{DRAIN, Shutdown, on_signals};
-use super::{client, permissions, poller, signing, telemetry};
+use super::shutdown::{DRAIN, Shutdown};
+use super::{client, permissions, poller, signing};
 use kube::{Client, Config};
-use rand::RngExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -28,15 +28,9 @@ const BEAT: Duration = Duration::from_secs(5);
 /// Why the operator ends with an error.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The level or filter of the logs cannot be read.
-    #[error("log level: {0}")]
-    Logs(#[from] tracing_subscriber::filter::ParseError),
     /// The port of probes and metrics cannot be opened.
     #[error("cannot listen on {0}: {1}")]
     Listen(std::net::SocketAddr, std::io::Error),
-    /// The handlers of signals cannot be installed.
-    #[error("cannot wait for signals: {0}")]
-    Signals(std::io::Error),
     /// Neither a cluster around it nor a kubeconfig.
     #[error("no way to a cluster: {0}")]
     Config(#[from] kube::config::InferConfigError),
@@ -57,27 +51,17 @@ pub enum RunError {
 /// The tasks of the controllers; each ends when the token is cancelled, after its running passes.
 pub type Controllers = fn(&Arc<Context>, &Shutdown) -> JoinSet<()>;
 
-/// Runs the operator until SIGTERM or SIGINT.
+/// Runs the operator until `shutdown`.
 ///
 /// # Errors
 /// [`RunError`]; the process is to end with a code other than 0 then.
-pub async fn run(options: Options) -> Result<(), RunError> {
-    telemetry::init(&options)?;
-    let shutdown = Shutdown::new();
-    on_signals(shutdown.clone()).map_err(RunError::Signals)?;
-    let listener = TcpListener::bind(options.listen)
-        .await
-        .map_err(|error| RunError::Listen(options.listen, error))?;
-    let runtime = Runtime {
-        options,
-        times: Times::default(),
-        listener,
-        shutdown,
-        controllers,
-    };
+pub async fn run(options: Options, shutdown: Shutdown) -> Result<(), RunError> {
+    let listener = TcpListener::bind(options.listen).await.map_err(|error| RunError::Listen(options.listen, error))?;
+    let runtime = Runtime { options, times: Times::default(), listener, shutdown, controllers };
     runtime.run(Config::infer).await
 }
 
+/// The controllers of the product.
 fn controllers(_ctx: &Arc<Context>, _shutdown: &Shutdown) -> JoinSet<()> {
     JoinSet::new()
 }
@@ -155,9 +139,7 @@ async fn work(
     let drained = async {
         while let Some(ended) = tasks.join_next().await {
             if !shutdown.is_cancelled() {
-                return Err(RunError::TaskEnded(
-                    ended.err().map_or_else(|| "without an error".to_owned(), |error| error.to_string()),
-                ));
+                return Err(RunError::TaskEnded(ended.err().map_or_else(|| "without an error".to_owned(), |error| error.to_string())));
             }
         }
         Ok(())
@@ -186,10 +168,7 @@ async fn prepare(client: &Client, options: &Options, health: &Health) -> signing
         until_ok("looking for our kinds", || established(client)).await;
     }
     let _waiting = health.wait_for("the key that signs calls to workers");
-    until_ok("reading the signing key", || {
-        signing::load_or_create(client, &options.namespace, &options.signing_key_secret)
-    })
-    .await
+    until_ok("reading the signing key", || signing::load_or_create(client, &options.namespace, &options.signing_key_secret)).await
 }
 
 async fn until_ok<T, Fut: Future<Output = super::Result<T>>>(what: &str, mut attempt: impl FnMut() -> Fut) -> T {
@@ -198,7 +177,7 @@ async fn until_ok<T, Fut: Future<Output = super::Result<T>>>(what: &str, mut att
             Ok(value) => return value,
             Err(failure) => warn!(reason = failure.reason, message = failure.message, "{what}; trying again"),
         }
-        tokio::time::sleep(RETRY.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())).await;
+        tokio::time::sleep(spread(RETRY)).await;
     }
 }
 
@@ -206,18 +185,12 @@ async fn until_ok<T, Fut: Future<Output = super::Result<T>>>(what: &str, mut att
 async fn established(client: &Client) -> super::Result<()> {
     let served = client.list_api_group_resources(GROUP_VERSION).await?.resources;
     let absent = |name: &str| !served.iter().any(|resource| resource.name == name);
-    let missing: Vec<_> = PLURALS
-        .iter()
-        .flat_map(|plural| [(*plural).to_owned(), format!("{plural}/status")])
-        .filter(|name| absent(name))
-        .collect();
+    let missing: Vec<_> =
+        PLURALS.iter().flat_map(|plural| [(*plural).to_owned(), format!("{plural}/status")]).filter(|name| absent(name)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let message = format!(
-        "not served by the API server: {}; install the CRDs (chart value crds.enabled)",
-        missing.join(", ")
-    );
+    let message = format!("not served by the API server: {}; install the CRDs (chart value crds.enabled)", missing.join(", "));
     Err(OperatorError::new(super::ErrorClass::Missing, "DefinitionsMissing", message))
 }
 

@@ -6,10 +6,9 @@ use super::contract::Desired;
 use super::credentials::Credentials;
 use super::http::{self, Push, Pushed};
 use super::registry::{Job, Sessions};
-use super::supervise::{Action, Exit, Input, State, Urgency, Wanted, decide};
+use super::supervise::{Action, Exit, Health, Input, State, Urgency, Wanted, decide};
 use crate::engine::error::{Class, Error};
 use crate::engine::flow::Stop;
-use crate::engine::progress::Phase;
 use crate::engine::retry::Backoff;
 use std::future::pending;
 use std::path::PathBuf;
@@ -24,11 +23,9 @@ use tokio_util::sync::CancellationToken;
 /// Bound for a session to commit what is under way before it begins again with other settings.
 const RESTART_LIMIT: Duration = Duration::from_secs(10);
 /// Bound for a session to roll back; `suspend` acts within a second.
-const CANCEL_LIMIT: Duration = Duration::from_millis(900);
+const CANCEL_LIMIT: Duration = Duration::from_millis(700);
 /// Bound for a dropped task to be gone.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
-/// A session that has copied or streamed for so long has got over the last failure.
-const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// Bound for running HTTP requests at the end.
 const HTTP_LIMIT: Duration = Duration::from_secs(2);
 /// Pushed documents that wait for the event loop.
@@ -102,7 +99,7 @@ struct Worker<S> {
     failure: Option<Error>,
     deadline: Option<Instant>,
     backoff: Backoff,
-    working_since: Option<Instant>,
+    health: Health,
     held: Arc<Mutex<Option<i64>>>,
 }
 
@@ -127,7 +124,7 @@ impl<S: Sessions> Worker<S> {
             failure: None,
             deadline: None,
             backoff: Backoff::new(),
-            working_since: None,
+            health: Health::default(),
             held: Arc::default(),
         }
     }
@@ -424,13 +421,9 @@ impl<S: Sessions> Worker<S> {
         self.board.facts().failure = None;
     }
 
-    /// A session that works for a while has got over the last failure.
     fn note_health(&mut self) {
         let phase = self.board.progress().view().phase;
-        let works = self.state == State::Running && matches!(phase, Phase::Copying | Phase::CatchingUp | Phase::Streaming);
-        if !works {
-            self.working_since = None;
-        } else if self.working_since.get_or_insert_with(Instant::now).elapsed() >= HEALTHY_AFTER {
+        if self.health.look(self.state, phase, Instant::now()) {
             self.backoff.reset();
             self.board.facts().failure = None;
         }

@@ -3,6 +3,8 @@
 //! The loop in [`super::run`] feeds it with what has happened and carries out what it answers.
 
 use crate::engine::error::Class;
+use crate::engine::progress::Phase;
+use std::time::{Duration, Instant};
 
 /// What is wanted now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +145,25 @@ fn settle(wanted: Wanted) -> (State, Action) {
     }
 }
 
+/// A session that has copied or streamed for so long has got over the last failure.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+
+/// How long a session has been at work without a break.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Health {
+    working_since: Option<Instant>,
+}
+
+impl Health {
+    /// A look at the worker; whether the last failure has passed. Reaching the stream is not enough: a change that can't
+    /// be applied fails a session right after it got there, again and again.
+    pub fn look(&mut self, state: State, phase: Phase, now: Instant) -> bool {
+        let works = state == State::Running && matches!(phase, Phase::Copying | Phase::CatchingUp | Phase::Streaming);
+        self.working_since = works.then(|| self.working_since.unwrap_or(now));
+        self.working_since.is_some_and(|since| now.duration_since(since) >= HEALTHY_AFTER)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -212,5 +233,21 @@ mod tests {
         for state in [Idle, Suspended, Waiting(Class::Retry)] {
             assert_eq!(decide(state, Wanted::Exit, SAME), (Idle, Action::Exit(Exit::Stopped)));
         }
+    }
+
+    #[test]
+    fn a_failure_passes_when_a_session_has_worked_for_a_while() {
+        let begin = Instant::now();
+        let mut health = Health::default();
+        let mut at = |seconds, state, phase| health.look(state, phase, begin + Duration::from_secs(seconds));
+        assert!(!at(0, Running, Phase::Copying));
+        assert!(!at(9, Running, Phase::Streaming));
+        assert!(at(10, Running, Phase::Streaming));
+        // The next session has to show it again.
+        assert!(!at(11, Waiting(Class::Retry), Phase::Streaming));
+        assert!(!at(12, Running, Phase::Starting));
+        assert!(!at(13, Running, Phase::Streaming));
+        assert!(!at(22, Running, Phase::Streaming));
+        assert!(at(23, Running, Phase::Streaming));
     }
 }

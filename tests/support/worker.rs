@@ -1,6 +1,6 @@
 //! Real worker processes for tests: configuration in a folder of their own, driven over HTTP as the operator does.
 
-use super::{Postgres, eventually, free_port};
+use crate::support::{Postgres, eventually, free_port};
 use serde_json::Value;
 use sluice::worker::contract::{Desired, EndpointSpec, MirrorId, SnapshotSpec, Status, StreamSpec, TableSpec};
 use sluice::worker::token::{SigningKey, sign};
@@ -158,13 +158,13 @@ impl Worker {
         format!("http://127.0.0.1:{}{path}", self.port)
     }
 
-    fn token(&self) -> String {
-        sign(&self.key, &self.desired.mirror.uid).expect("a token")
+    fn token(&self, body: &[u8]) -> String {
+        sign(&self.key, &self.desired.mirror.uid, body).expect("a token")
     }
 
     /// The status as JSON; `None` while the process does not answer.
     pub async fn status_json(&self) -> Option<Value> {
-        let answer = reqwest::Client::new().get(self.url("/v1/status")).bearer_auth(self.token()).send().await.ok()?;
+        let answer = reqwest::Client::new().get(self.url("/v1/status")).bearer_auth(self.token(b"")).send().await.ok()?;
         answer.status().is_success().then_some(())?;
         answer.json().await.ok()
     }
@@ -178,7 +178,9 @@ impl Worker {
         change(&mut self.desired);
         self.desired.generation += 1;
         self.write_desired();
-        let answer = reqwest::Client::new().put(self.url("/v1/desired")).bearer_auth(self.token()).json(&self.desired).send().await;
+        let body = serde_json::to_vec(&self.desired).expect("JSON");
+        let request = reqwest::Client::new().put(self.url("/v1/desired")).bearer_auth(self.token(&body));
+        let answer = request.header("content-type", "application/json").body(body).send().await;
         assert_eq!(answer.expect("an answer").status().as_u16(), 204);
     }
 

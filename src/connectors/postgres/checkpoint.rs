@@ -15,16 +15,9 @@ pub(super) mod schema;
 use super::lsn::Lsn;
 use super::target::failed;
 use crate::engine::error::{Class, Error, Result, reason};
-use crate::engine::roles::StreamKey;
+pub(super) use crate::engine::roles::Claim;
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use tokio_postgres::{Client, Statement};
-
-/// The right to write for a stream, until another claim raises the epoch.
-#[derive(Clone, Debug)]
-pub(super) struct Claim {
-    pub key: StreamKey,
-    pub epoch: i64,
-}
 
 /// What the checkpoint says of one table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,13 +92,20 @@ impl Claim {
         self.update_stream(client, "timeline = $5", "position IS NOT NULL", &[&timeline]).await
     }
 
-    async fn update_stream(&self, client: &Client, set: &str, only_if: &str, values: &[&(dyn tokio_postgres::types::ToSql + Sync)]) -> Result<()> {
+    async fn update_stream(
+        &self,
+        client: &Client,
+        set: &str,
+        only_if: &str,
+        values: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+    ) -> Result<()> {
         let sql = format!(
             "UPDATE _sluice.streams SET {set}, updated_at = now()
              WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND epoch = $4 AND {only_if}"
         );
         let key = &self.key;
-        let mut parameters: Vec<&(dyn tokio_postgres::types::ToSql + Sync)> = vec![&key.system_identifier, &key.database, &key.slot, &self.epoch];
+        let mut parameters: Vec<&(dyn tokio_postgres::types::ToSql + Sync)> =
+            vec![&key.system_identifier, &key.database, &key.slot, &self.epoch];
         parameters.extend_from_slice(values);
         let rows = client.execute(&sql, &parameters).await.map_err(failed("write the checkpoint"))?;
         if rows == 0 {
@@ -122,25 +122,11 @@ impl Claim {
                 "SELECT state, generation FROM _sluice.tables
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND source_schema = $4 AND source_table = $5
                    AND target_schema = $6 AND target_table = $7 FOR UPDATE",
-                &[
-                    &key.system_identifier,
-                    &key.database,
-                    &key.slot,
-                    &source.schema,
-                    &source.name,
-                    &target.schema,
-                    &target.name,
-                ],
+                &[&key.system_identifier, &key.database, &key.slot, &source.schema, &source.name, &target.schema, &target.name],
             )
             .await
             .map_err(failed("read the checkpoint"))?;
-        row.map(|row| {
-            Ok(KnownTable {
-                state: parse_state(row.get(0))?,
-                generation: row.get(1),
-            })
-        })
-        .transpose()
+        row.map(|row| Ok(KnownTable { state: parse_state(row.get(0))?, generation: row.get(1) })).transpose()
     }
 
     /// Writes a table as beginning its next copy; ranges of earlier ones are forgotten. Returns the generation.
@@ -220,14 +206,7 @@ impl Claim {
                  FROM unnest($5::text[], $6::text[]) AS joined(source_schema, source_table)
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3
                    AND tables.source_schema = joined.source_schema AND tables.source_table = joined.source_table",
-                &[
-                    &key.system_identifier,
-                    &key.database,
-                    &key.slot,
-                    &TableState::Ready.as_str(),
-                    &schemas,
-                    &names,
-                ],
+                &[&key.system_identifier, &key.database, &key.slot, &TableState::Ready.as_str(), &schemas, &names],
             )
             .await
             .map_err(failed("join tables"))?;
@@ -281,16 +260,7 @@ impl Claim {
                  UPDATE _sluice.tables SET rows_copied = rows_copied + $8, updated_at = now()
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND source_schema = $4 AND source_table = $5
                    AND generation = $6",
-                &[
-                    &key.system_identifier,
-                    &key.database,
-                    &key.slot,
-                    &table.schema,
-                    &table.name,
-                    &generation,
-                    &number,
-                    &rows,
-                ],
+                &[&key.system_identifier, &key.database, &key.slot, &table.schema, &table.name, &generation, &number, &rows],
             )
             .await
             .map_err(failed("write a copied range"))?;
@@ -312,15 +282,7 @@ impl Claim {
                    AND (theirs.mirror_namespace, theirs.mirror_name) = (ours.mirror_namespace, ours.mirror_name)
                    AND old.target_schema = $4 AND old.target_table = $5
                    AND (old.system_identifier, old.database, old.slot, old.source_schema, old.source_table) <> ($1, $2, $3, $6, $7)",
-                &[
-                    &key.system_identifier,
-                    &key.database,
-                    &key.slot,
-                    &target.schema,
-                    &target.name,
-                    &source.schema,
-                    &source.name,
-                ],
+                &[&key.system_identifier, &key.database, &key.slot, &target.schema, &target.name, &source.schema, &source.name],
             )
             .await
             .map_err(failed("look who writes the table"))?;

@@ -1,1 +1,104 @@
-//! load
+//! Bulk loading: bytes of a range go into the target as they came, undecoded.
+//!
+//! A range, its done-row and the count of its table are one transaction that ends with the proof of the claim. It does not
+//! wait for the disk: the change of the table's state to `Copied` does, and the log is flushed in order, so that with it
+//! all ranges are on disk.
+
+use super::checkpoint::{Claim, claim::loader_name};
+use super::connect::Session;
+use super::ddl;
+use super::sql::{qualified, quote_ident, quote_literal};
+use super::statements::copy_in;
+use super::target::{choose_mode, failed};
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Range};
+use crate::engine::table::MappedTable;
+use bytes::{Bytes, BytesMut};
+use futures::{SinkExt as _, StreamExt as _};
+use std::pin::pin;
+use tokio_postgres::error::SqlState;
+
+/// What a role needs on a target table.
+pub(super) const PRIVILEGES: [&str; 5] = ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"];
+
+/// Smallest piece that is sent by itself: the server sends one message per row, which would cost a system call each.
+const PIECE: usize = 64 << 10;
+
+/// Loads one range. The session ends with it.
+pub(super) async fn load(
+    session: &Session,
+    claim: &Claim,
+    table: &MappedTable,
+    generation: i64,
+    range: &Range,
+    format: BulkFormat,
+    rows: BulkStream,
+) -> Result<u64> {
+    let mode = set_up(session, claim).await?;
+    // An old worker's range ends here, and not only after it has loaded everything.
+    claim.check(session).await?;
+    session
+        .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off")
+        .await
+        .map_err(failed("begin a range"))?;
+    let loaded = copy(session, table, format, rows, mode).await?;
+    claim.range_done(session, table.source(), generation, range.number, loaded as i64).await?;
+    claim.check(session).await?;
+    session.batch_execute("COMMIT").await.map_err(failed("commit a range"))?;
+    Ok(loaded)
+}
+
+/// Builds a table's key and statistics. The session ends with it.
+pub(super) async fn finish(session: &Session, claim: &Claim, table: &MappedTable) -> Result<()> {
+    set_up(session, claim).await?;
+    session
+        .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on")
+        .await
+        .map_err(failed("begin a transaction"))?;
+    ddl::finish(session, table).await?;
+    claim.check(session).await?;
+    session.batch_execute("COMMIT").await.map_err(failed("commit the key"))
+}
+
+/// Gives the session the name by which a later claim finds and ends it.
+async fn set_up(session: &Session, claim: &Claim) -> Result<ApplyMode> {
+    let sql = format!("SET application_name = {}", quote_literal(&loader_name(&claim.key)));
+    session.batch_execute(&sql).await.map_err(failed("set up the session"))?;
+    choose_mode(session).await
+}
+
+async fn copy(session: &Session, table: &MappedTable, format: BulkFormat, mut rows: BulkStream, mode: ApplyMode) -> Result<u64> {
+    let idents: Vec<String> = table.version.columns.iter().map(|column| quote_ident(&column.name)).collect();
+    let sql = copy_in(&qualified(&table.target), idents.iter().map(String::as_str), format == BulkFormat::PostgresBinary);
+    let refused = |error| refused(table, mode, error);
+    let sink = session.copy_in::<_, Bytes>(&sql).await.map_err(refused)?;
+    let mut sink = pin!(sink);
+    let mut gathered = BytesMut::new();
+    while let Some(piece) = rows.next().await {
+        // Leaving here drops the sink, which tells the server that the copy has failed.
+        let piece = piece?;
+        if gathered.is_empty() && piece.len() >= PIECE {
+            sink.send(piece).await.map_err(refused)?;
+            continue;
+        }
+        gathered.extend_from_slice(&piece);
+        if gathered.len() >= PIECE {
+            sink.send(gathered.split().freeze()).await.map_err(refused)?;
+        }
+    }
+    if !gathered.is_empty() {
+        sink.send(gathered.freeze()).await.map_err(refused)?;
+    }
+    sink.finish().await.map_err(refused)
+}
+
+/// Without replica role foreign keys are checked while tables are copied side by side: a row may come before the one that
+/// it refers to, and is tried again.
+fn refused(table: &MappedTable, mode: ApplyMode, error: tokio_postgres::Error) -> Error {
+    let awaits_other_table = mode == ApplyMode::Ordered && error.code() == Some(&SqlState::FOREIGN_KEY_VIOLATION);
+    let failure = failed(format!("copy into {}", table.target))(error);
+    if awaits_other_table {
+        return Error::retry(reason::WRITE_REFUSED, failure.message);
+    }
+    failure
+}

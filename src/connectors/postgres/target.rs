@@ -1,10 +1,153 @@
 //! PostgreSQL as a target.
 
-use super::connect::Side;
-use super::errors::classify;
-use crate::engine::error::Error;
+mod check;
 
-/// For `map_err`: the error of a statement on the target; `what` says what was being done.
-pub(super) fn failed(what: &str) -> impl Fn(tokio_postgres::Error) -> Error + '_ {
-    move |error| classify(Side::Target, what, &error)
+use super::applier::PostgresApplier;
+use super::checkpoint::{Claim, claim};
+use super::connect::{Session, Side, connect};
+use super::ddl;
+use super::endpoint::Endpoint;
+use super::errors::classify;
+use super::load;
+use super::lsn::Lsn;
+use super::statements::is_reg;
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
+use crate::engine::table::{MappedTable, TableVersion};
+use std::time::Duration;
+use tokio_postgres::error::SqlState;
+
+/// Bound for a claim, the ends of old backends included.
+const CLAIM_LIMIT: Duration = Duration::from_secs(120);
+/// Bound for all checks.
+const CHECK_LIMIT: Duration = Duration::from_secs(120);
+
+/// Settings of the writer's session.
+///
+/// Changes are committed without waiting for the disk (`PostgresApplier` knows what is durable). Rows are found by their
+/// key: a plan that was made while a table was empty must not read all of it when it has grown. The cost that stands for
+/// a forbidden sequential scan would set off the just-in-time compiler.
+const WRITER_SETTINGS: &str = "SET synchronous_commit = off; SET enable_seqscan = off; SET jit = off";
+
+/// A PostgreSQL database as the target of one Mirror.
+#[derive(Clone, Debug)]
+pub struct PostgresTarget {
+    endpoint: Endpoint,
+    owner: Owner,
+}
+
+impl PostgresTarget {
+    /// The database behind `endpoint`, written for `owner`.
+    #[must_use]
+    pub fn new(endpoint: Endpoint, owner: Owner) -> Self {
+        Self { endpoint, owner }
+    }
+
+    async fn session(&self, application_name: &str) -> Result<Session> {
+        connect(&self.endpoint, Side::Target, application_name).await
+    }
+}
+
+impl Target for PostgresTarget {
+    type Position = Lsn;
+    type Applier = PostgresApplier;
+
+    async fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> Result<()> {
+        let session = self.session("sluice check").await?;
+        within(CHECK_LIMIT, "check the target", async {
+            check_writable(&session).await?;
+            let mode = choose_mode(&session).await?;
+            check::check(&session, &self.endpoint, &self.owner, &check::Mapping { source, tables, fed }, mode).await
+        })
+        .await
+    }
+
+    async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, PostgresApplier)> {
+        let session = self.session("sluice apply").await?;
+        within(CLAIM_LIMIT, "claim the stream", async {
+            check_writable(&session).await?;
+            session.batch_execute(WRITER_SETTINGS).await.map_err(failed("set up the session"))?;
+            let mode = choose_mode(&session).await?;
+            let claimed = claim::claim(&session, key, owner, held).await?;
+            let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
+            let applier = PostgresApplier::new(session, claimed.claim.clone(), mode, position).await?;
+            Ok((claimed, applier))
+        })
+        .await
+    }
+
+    async fn bulk_format(&self, table: &MappedTable) -> Result<BulkFormat> {
+        let session = self.session("sluice check").await?;
+        let present = within(CHECK_LIMIT, "read the target table", ddl::describe(&session, &table.target)).await?;
+        Ok(match present {
+            Some(present) if binary_fits(&table.version, &present) => BulkFormat::PostgresBinary,
+            _ => BulkFormat::PostgresText,
+        })
+    }
+
+    async fn load(
+        &self,
+        claim: &Claim,
+        table: &MappedTable,
+        generation: i64,
+        range: &Range,
+        format: BulkFormat,
+        rows: BulkStream,
+    ) -> Result<u64> {
+        let session = self.session("").await?;
+        load::load(&session, claim, table, generation, range, format, rows).await
+    }
+
+    async fn finish(&self, claim: &Claim, table: &MappedTable) -> Result<()> {
+        let session = self.session("").await?;
+        load::finish(&session, claim, table).await
+    }
+}
+
+/// Binary only if every column is of the same built-in type on both sides and none holds an OID that means another thing
+/// there (engine rule: a binary integer taken for a float corrupts silently).
+fn binary_fits(version: &TableVersion, present: &ddl::TargetTable) -> bool {
+    /// OIDs below this are fixed in the server's source (`FirstGenbkiObjectId`).
+    const FIRST_UNFIXED_OID: u32 = 10_000;
+    version.columns.iter().all(|column| {
+        column.type_name.schema == "pg_catalog"
+            && column.type_id < FIRST_UNFIXED_OID
+            && !is_reg(&column.type_name)
+            && present.column(&column.name).is_some_and(|target| target.type_name == column.type_name && target.has_binary)
+    })
+}
+
+async fn check_writable(session: &Session) -> Result<()> {
+    let row = session
+        .query_one("SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'", &[])
+        .await
+        .map_err(failed("look whether the target takes writes"))?;
+    let (standby, read_only): (bool, bool) = (row.get(0), row.get(1));
+    if standby || read_only {
+        let why = if standby { "it is a standby" } else { "default_transaction_read_only is on" };
+        return Err(Error::retry(reason::TARGET_READ_ONLY, format!("the target accepts no writes: {why}")));
+    }
+    Ok(())
+}
+
+/// Takes replica role when the role may, so that triggers and foreign keys of the target do not fire.
+pub(super) async fn choose_mode(session: &Session) -> Result<ApplyMode> {
+    match session.batch_execute("SET session_replication_role = replica").await {
+        Ok(()) => Ok(ApplyMode::Replica),
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(ApplyMode::Ordered),
+        Err(error) => Err(failed("set up the session")(error)),
+    }
+}
+
+/// Makes an error of a target's answer.
+pub(super) fn failed<W: AsRef<str>>(what: W) -> impl FnOnce(tokio_postgres::Error) -> Error {
+    move |error| classify(Side::Target, what.as_ref(), &error)
+}
+
+/// Bounds the steps of a call. When the limit is reached, the session must not be used again.
+pub(super) async fn within<T>(limit: Duration, what: &str, steps: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(limit, steps).await {
+        Ok(done) => done,
+        Err(_) => Err(Error::retry(reason::TARGET_UNREACHABLE, format!("{what}: no answer from the target within {limit:?}"))),
+    }
 }

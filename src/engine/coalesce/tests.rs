@@ -37,6 +37,7 @@ fn table(id: u32, columns: usize) -> Arc<TableVersion> {
         name: QualifiedName::new("public", format!("t{id}")),
         columns: (0..columns).map(column).collect(),
         identity: Identity::Key,
+        differs: None,
     })
 }
 
@@ -56,38 +57,18 @@ fn image(batch: &mut Batch, values: &[Value]) -> Image {
 fn push(batch: &mut Batch, version: &Arc<TableVersion>, op: Op, old: &[Value], new: &[Value]) {
     let table = batch.intern_table(version);
     let (old, new) = (image(batch, old), image(batch, new));
-    batch.push(Change {
-        op,
-        table,
-        old,
-        old_is_full: false,
-        new,
-        group: 0,
-    });
+    batch.push(Change { op, table, old, old_is_full: false, new, group: 0 });
 }
 
 fn truncate(batch: &mut Batch, version: &Arc<TableVersion>, group: u32) {
     let table = batch.intern_table(version);
-    batch.push(Change {
-        op: Op::Truncate,
-        table,
-        old: Image::ABSENT,
-        old_is_full: false,
-        new: Image::ABSENT,
-        group,
-    });
+    batch.push(Change { op: Op::Truncate, table, old: Image::ABSENT, old_is_full: false, new: Image::ABSENT, group });
 }
 
-const BY_KEY: TableRule<'_> = TableRule {
-    key: &[0],
-    order: Order::Key,
-};
+const BY_KEY: TableRule<'_> = TableRule { key: &[0], order: Order::Key };
 
 fn shape(plan: &Plan) -> Vec<(Action, u32, Vec<u32>)> {
-    plan.steps
-        .iter()
-        .map(|step| (step.action, step.table, step.changes.clone()))
-        .collect()
+    plan.steps.iter().map(|step| (step.action, step.table, step.changes.clone())).collect()
 }
 
 #[test]
@@ -126,14 +107,7 @@ fn moved_keys_wait_for_both_keys() {
     moved(&mut batch, 8, 9); // 2: independent
     moved(&mut batch, 9, 9); // 3: does not move
     let plan = plan(&batch, &[BY_KEY], |_, _| true).unwrap();
-    assert_eq!(
-        shape(&plan),
-        [
-            (Action::UpdateKey, 0, vec![0, 2]),
-            (Action::UpdateKey, 0, vec![1]),
-            (Action::Update, 0, vec![3]),
-        ]
-    );
+    assert_eq!(shape(&plan), [(Action::UpdateKey, 0, vec![0, 2]), (Action::UpdateKey, 0, vec![1]), (Action::Update, 0, vec![3]),]);
 }
 
 #[test]
@@ -192,14 +166,7 @@ fn commit_order_is_kept_where_keys_are_not_independent() {
         ]
     );
     let in_all = plan(&history(), &[rule(Order::All); 2], |_, _| true).unwrap();
-    assert_eq!(
-        shape(&in_all)[..3],
-        [
-            (Action::Insert, 0, vec![0, 1]),
-            (Action::Insert, 1, vec![2]),
-            (Action::Insert, 0, vec![3])
-        ]
-    );
+    assert_eq!(shape(&in_all)[..3], [(Action::Insert, 0, vec![0, 1]), (Action::Insert, 1, vec![2]), (Action::Insert, 0, vec![3])]);
 }
 
 #[test]
@@ -207,10 +174,7 @@ fn without_a_key_rows_go_one_by_one_and_need_the_whole_old_row() {
     let a = table(1, 1);
     let mut batch = Batch::default();
     push(&mut batch, &a, Op::Delete, &[text(1)], &[]);
-    let rule = TableRule {
-        key: &[],
-        order: Order::Table,
-    };
+    let rule = TableRule { key: &[], order: Order::Table };
     let error = plan(&batch, &[rule], |_, _| true).unwrap_err();
     assert_eq!(error.reason, reason::PROTOCOL_VIOLATION);
 }
@@ -223,13 +187,7 @@ fn one_key_in_two_encodings_is_kept_in_order() {
     push(&mut batch, &a, Op::Update, &[], &[text(1), text("x")]); // 0
     push(&mut batch, &a, Op::Update, &[], &[binary("one"), text("y")]); // 1
     push(&mut batch, &a, Op::Update, &[text(5), Value::Null], &[binary("six"), text("y")]); // 2
-    push(
-        &mut batch,
-        &a,
-        Op::Update,
-        &[binary("five"), Value::Null],
-        &[binary("ten"), text("y")],
-    ); // 3
+    push(&mut batch, &a, Op::Update, &[binary("five"), Value::Null], &[binary("ten"), text("y")]); // 3
     let plan = plan(&batch, &[BY_KEY], |_, _| true).unwrap();
     let order: Vec<_> = plan.steps.iter().flat_map(|step| step.changes.clone()).collect();
     assert_eq!((plan.steps.len(), order), (4, vec![0, 1, 2, 3]));
@@ -287,13 +245,7 @@ fn random_history(random: &mut StdRng) -> (Batch, Rows, Rows) {
             75..98 if !existing.is_empty() => {
                 let key = pick(&existing, random);
                 let values = [value(random), value(random)];
-                push(
-                    &mut batch,
-                    &version,
-                    Op::Update,
-                    &[],
-                    &[text(&key), values[0].clone(), values[1].clone()],
-                );
+                push(&mut batch, &version, Op::Update, &[], &[text(&key), values[0].clone(), values[1].clone()]);
                 let row = rows.get_mut(&key).unwrap();
                 *row = values.iter().zip(row.clone()).map(|(value, old)| stored(value, old)).collect();
             }
@@ -319,20 +271,13 @@ fn apply(batch: &Batch, plan: &Plan, mut rows: Rows) -> Rows {
             let old = || word(batch.cells(change.old)[0]).unwrap();
             let new: Vec<Cell> = batch.cells(change.new).to_vec();
             let merged = |old: &[Option<String>]| {
-                new[1..]
-                    .iter()
-                    .zip(old)
-                    .map(|(cell, old)| if is_unchanged(*cell) { old.clone() } else { word(*cell) })
-                    .collect()
+                new[1..].iter().zip(old).map(|(cell, old)| if is_unchanged(*cell) { old.clone() } else { word(*cell) }).collect()
             };
             match step.action {
                 Action::Insert => {
                     let key = word(new[0]).unwrap();
                     once(&key);
-                    assert!(
-                        rows.insert(key, new[1..].iter().map(|cell| word(*cell)).collect()).is_none(),
-                        "conflict"
-                    );
+                    assert!(rows.insert(key, new[1..].iter().map(|cell| word(*cell)).collect()).is_none(), "conflict");
                 }
                 Action::Update => {
                     let key = word(new[0]).unwrap();
@@ -354,12 +299,7 @@ fn apply(batch: &Batch, plan: &Plan, mut rows: Rows) -> Rows {
                 }
                 Action::Truncate => rows.clear(),
             }
-            let missing: MissingColumns = new
-                .iter()
-                .zip(0..)
-                .filter(|(cell, _)| is_unchanged(**cell))
-                .map(|(_, column)| column)
-                .collect();
+            let missing: MissingColumns = new.iter().zip(0..).filter(|(cell, _)| is_unchanged(**cell)).map(|(_, column)| column).collect();
             assert_eq!(plan.column_sets[step.columns as usize], missing, "columns of the step");
         }
     }

@@ -28,11 +28,7 @@ impl StreamRow {
     fn read(row: &Row) -> Self {
         Self {
             epoch: row.get(0),
-            owner: Owner {
-                namespace: row.get(1),
-                name: row.get(2),
-                uid: row.get(3),
-            },
+            owner: Owner { namespace: row.get(1), name: row.get(2), uid: row.get(3) },
             position: row.get(4),
             timeline: row.get(5),
             log_intended: row.get(6),
@@ -50,10 +46,9 @@ impl StreamRow {
             ));
         }
         match held {
-            Some(held) if self.epoch > held => Err(fenced(format!(
-                "another worker has claimed slot {}: epoch {}, ours was {held}",
-                key.slot, self.epoch
-            ))),
+            Some(held) if self.epoch > held => {
+                Err(fenced(format!("another worker has claimed slot {}: epoch {}, ours was {held}", key.slot, self.epoch)))
+            }
             _ => Ok(()),
         }
     }
@@ -68,7 +63,7 @@ pub(in super::super) fn loader_name(key: &StreamKey) -> String {
 
 /// Ends the old claim's backends, then raises the epoch and reads the checkpoint in one transaction, which is durable
 /// when this returns (and with it all that it has read, since the log is flushed in order).
-pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claim, Claimed<Lsn>)> {
+pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<Claimed<Lsn>> {
     super::schema::ensure(client).await?;
     for _ in 0..TRIES {
         let seen = read_stream(client, key).await?;
@@ -82,21 +77,12 @@ pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Ow
             return Ok(claimed);
         }
     }
-    Err(Error::retry(
-        reason::FENCED,
-        format!("other workers claim slot {} again and again", key.slot),
-    ))
+    Err(Error::retry(reason::FENCED, format!("other workers claim slot {} again and again", key.slot)))
 }
 
 async fn read_stream(client: &Client, key: &StreamKey) -> Result<Option<StreamRow>> {
-    let sql = format!(
-        "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3",
-        StreamRow::COLUMNS
-    );
-    let row = client
-        .query_opt(&sql, &[&key.system_identifier, &key.database, &key.slot])
-        .await
-        .map_err(failed("read the checkpoint"))?;
+    let sql = format!("SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3", StreamRow::COLUMNS);
+    let row = client.query_opt(&sql, &[&key.system_identifier, &key.database, &key.slot]).await.map_err(failed("read the checkpoint"))?;
     Ok(row.as_ref().map(StreamRow::read))
 }
 
@@ -120,13 +106,7 @@ async fn end_backends(client: &Client, key: &StreamKey) {
 }
 
 /// `None` when somebody else has claimed since `seen_epoch` was read.
-async fn raise_epoch(
-    client: &Client,
-    key: &StreamKey,
-    owner: &Owner,
-    held: Option<i64>,
-    seen_epoch: i64,
-) -> Result<Option<(Claim, Claimed<Lsn>)>> {
+async fn raise_epoch(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>, seen_epoch: i64) -> Result<Option<Claimed<Lsn>>> {
     client
         .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'")
         .await
@@ -145,19 +125,12 @@ async fn raise_epoch_inside(
     owner: &Owner,
     held: Option<i64>,
     seen_epoch: i64,
-) -> Result<Option<(Claim, Claimed<Lsn>)>> {
+) -> Result<Option<Claimed<Lsn>>> {
     client
         .execute(
             "INSERT INTO _sluice.streams (system_identifier, database, slot, mirror_namespace, mirror_name, mirror_uid)
              VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
-            &[
-                &key.system_identifier,
-                &key.database,
-                &key.slot,
-                &owner.namespace,
-                &owner.name,
-                &owner.uid,
-            ],
+            &[&key.system_identifier, &key.database, &key.slot, &owner.namespace, &owner.name, &owner.uid],
         )
         .await
         .map_err(failed("claim the stream"))?;
@@ -165,10 +138,7 @@ async fn raise_epoch_inside(
         "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3 FOR UPDATE",
         StreamRow::COLUMNS
     );
-    let row = client
-        .query_one(&sql, &[&key.system_identifier, &key.database, &key.slot])
-        .await
-        .map_err(failed("claim the stream"))?;
+    let row = client.query_one(&sql, &[&key.system_identifier, &key.database, &key.slot]).await.map_err(failed("claim the stream"))?;
     let stream = StreamRow::read(&row);
     stream.may_be_claimed(key, owner, held)?;
     if stream.epoch != seen_epoch {
@@ -195,14 +165,7 @@ async fn raise_epoch_inside(
         }),
     };
     let claim = Claim { key: key.clone(), epoch };
-    Ok(Some((
-        claim,
-        Claimed {
-            claim: crate::engine::roles::Claim { key: key.clone(), epoch },
-            checkpoint,
-            log_intended: stream.log_intended,
-        },
-    )))
+    Ok(Some(Claimed { claim, checkpoint, log_intended: stream.log_intended }))
 }
 
 async fn read_tables(client: &Client, key: &StreamKey) -> Result<HashMap<QualifiedName, TableCheckpoint<Lsn>>> {
@@ -232,8 +195,7 @@ async fn read_tables(client: &Client, key: &StreamKey) -> Result<HashMap<Qualifi
 }
 
 fn parse_position(text: &str) -> Result<Lsn> {
-    text.parse()
-        .map_err(|error| Error::bug("the checkpoint on the target can't be read").caused_by(error))
+    text.parse().map_err(|error| Error::bug("the checkpoint on the target can't be read").caused_by(error))
 }
 
 #[cfg(test)]
@@ -242,11 +204,7 @@ mod tests {
 
     #[test]
     fn loaders_of_a_stream_have_a_name_of_their_own_that_fits() {
-        let key = |slot: &str| StreamKey {
-            system_identifier: "7".into(),
-            database: "shop".into(),
-            slot: slot.into(),
-        };
+        let key = |slot: &str| StreamKey { system_identifier: "7".into(), database: "shop".into(), slot: slot.into() };
         let name = loader_name(&key(&"s".repeat(63)));
         assert!(name.len() <= 63, "{name}");
         assert_ne!(loader_name(&key("a")), loader_name(&key("b")));

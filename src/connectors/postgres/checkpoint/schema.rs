@@ -81,17 +81,13 @@ pub(in super::super) async fn ensure(client: &Client) -> Result<()> {
 
 /// Whether the schema is there.
 pub(in super::super) async fn version(client: &Client) -> Result<Option<i32>> {
-    let there = client
-        .query_one("SELECT to_regclass('_sluice.version') IS NOT NULL", &[])
-        .await
-        .map_err(failed("look for schema _sluice"))?;
+    let there =
+        client.query_one("SELECT to_regclass('_sluice.version') IS NOT NULL", &[]).await.map_err(failed("look for schema _sluice"))?;
     if !there.get::<_, bool>(0) {
         return Ok(None);
     }
-    let row = client
-        .query_opt("SELECT max(version) FROM _sluice.version", &[])
-        .await
-        .map_err(failed("read the version of schema _sluice"))?;
+    let row =
+        client.query_opt("SELECT max(version) FROM _sluice.version", &[]).await.map_err(failed("read the version of schema _sluice"))?;
     Ok(row.and_then(|row| row.get(0)))
 }
 

@@ -3,18 +3,20 @@
 //! Invariant: every step towards a session is bounded by the endpoint's `connect_timeout`, and a session's socket never
 //! outlives it.
 
+mod blocking;
 mod tls;
 mod transport;
 
 use super::endpoint::Endpoint;
 use super::{errors, session};
 use crate::engine::error::{Error, Result};
+pub use blocking::BlockingTransport;
 use std::future::Future;
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{SslMode, SslNegotiation};
-pub use transport::{BlockingTransport, Transport};
+pub use transport::Transport;
 
 /// Which end of a stream a server is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! The byte stream under a session: TCP with bounds on silence, and TLS on top where it is wanted.
 
+use super::blocking::BlockingTransport;
 use super::tls;
 use crate::connectors::postgres::endpoint::{Endpoint, TlsMode};
 use crate::engine::error::{Error, Result, reason};
@@ -8,7 +9,7 @@ use postgres_protocol::message::frontend;
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use std::future::{Ready, ready};
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -78,13 +79,13 @@ impl Transport {
             socket.set_write_timeout(Some(write_timeout))?;
             Ok::<_, io::Error>(socket)
         };
-        Ok(match self {
-            Self::Plain(socket) => BlockingTransport::Plain(blocking(socket)?),
+        match self {
+            Self::Plain(socket) => blocking(socket).map(BlockingTransport::plain),
             Self::Tls(stream) => {
                 let (socket, session) = stream.into_inner();
-                BlockingTransport::Tls(Box::new(rustls::StreamOwned::new(session, blocking(socket)?)))
+                blocking(socket).map(|socket| BlockingTransport::tls(session, socket))
             }
-        })
+        }
     }
 }
 
@@ -136,49 +137,6 @@ impl TlsConnect<Transport> for Negotiated {
 
     fn connect(self, stream: Transport) -> Self::Future {
         ready(Ok(stream))
-    }
-}
-
-/// The same byte stream outside the runtime.
-pub enum BlockingTransport {
-    /// No TLS.
-    Plain(std::net::TcpStream),
-    /// TLS.
-    Tls(Box<rustls::StreamOwned<rustls::ClientConnection, std::net::TcpStream>>),
-}
-
-impl BlockingTransport {
-    /// A second handle of the socket, with which another thread can shut it down.
-    pub fn socket(&self) -> io::Result<std::net::TcpStream> {
-        match self {
-            Self::Plain(socket) => socket.try_clone(),
-            Self::Tls(stream) => stream.sock.try_clone(),
-        }
-    }
-}
-
-impl Read for BlockingTransport {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.read(buf),
-            Self::Tls(stream) => stream.read(buf),
-        }
-    }
-}
-
-impl Write for BlockingTransport {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.write(buf),
-            Self::Tls(stream) => stream.write(buf),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Plain(socket) => socket.flush(),
-            Self::Tls(stream) => stream.flush(),
-        }
     }
 }
 

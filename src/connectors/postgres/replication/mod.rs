@@ -15,6 +15,7 @@ use crate::engine::error::{Error, Result, reason};
 use bytes::BytesMut;
 use postgres_protocol::message::frontend;
 use std::time::Duration;
+pub(super) use wire::server_error;
 use wire::{CancelOnDrop, Wire};
 
 /// Bound for a command that has nothing to wait for.

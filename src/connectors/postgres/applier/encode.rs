@@ -1,0 +1,247 @@
+//! From cells in a batch's arena to the bytes of a parameter or of a `COPY`, in one copy.
+
+use super::super::statements::{Encodings, Parameter, TableWriter};
+use crate::engine::batch::{Batch, Cell, CellKind, Change};
+use crate::engine::error::{Error, Result, reason};
+use bytes::{BufMut as _, BytesMut};
+use std::fmt;
+use tokio_postgres::types::{Format, IsNull, Kind, ToSql, Type, to_sql_checked};
+
+type EncodeError = Box<dyn std::error::Error + Sync + Send>;
+
+/// Bytes that one statement's parameters may take, but for a single row that is larger.
+pub(super) const STATEMENT_BYTES: usize = 64 << 20;
+/// Size of the pieces of a `COPY`.
+pub(super) const COPY_PIECE: usize = 256 << 10;
+/// Signature, flags and header extension of a binary `COPY` (manual: COPY, "Binary Format").
+pub(super) const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+/// End of a binary `COPY`.
+pub(super) const COPY_TRAILER: &[u8] = &(-1i16).to_be_bytes();
+
+/// Rows that one statement can take: alike in encoding, bounded in size.
+pub(super) struct Chunk<'a> {
+    pub rows: &'a [u32],
+    pub encodings: Encodings,
+    pub bytes: usize,
+    /// All values have the same encoding, or there are only NULLs.
+    pub uniform: bool,
+}
+
+/// Takes the next chunk from the front of `rows`.
+pub(super) fn next_chunk<'a>(batch: &Batch, writer: &TableWriter, parameters: &[Parameter], rows: &mut &'a [u32]) -> Result<Chunk<'a>> {
+    let mut known: Vec<Option<bool>> = vec![None; parameters.len()];
+    let mut bytes = 0;
+    let mut count = 0;
+    for &row in *rows {
+        let change = &batch.changes()[row as usize];
+        let alike = |(parameter, known): (&Parameter, &Option<bool>)| match (parameter.cell(batch, change).kind, known) {
+            (CellKind::Text, Some(binary)) => !binary,
+            (CellKind::Binary, Some(binary)) => *binary,
+            _ => true,
+        };
+        let size: usize = parameters.iter().map(|parameter| batch.bytes(parameter.cell(batch, change)).len() + 4).sum();
+        if count > 0 && (bytes + size > STATEMENT_BYTES || !parameters.iter().zip(&known).all(alike)) {
+            break;
+        }
+        for (parameter, known) in parameters.iter().zip(&mut known) {
+            let binary = encoding(writer, *parameter, parameter.cell(batch, change))?;
+            *known = known.or(binary);
+        }
+        bytes += size;
+        count += 1;
+    }
+    let (chunk, rest) = rows.split_at(count);
+    *rows = rest;
+    let mut decided = known.iter().flatten();
+    let first = decided.next().copied();
+    Ok(Chunk {
+        rows: chunk,
+        uniform: decided.all(|binary| Some(*binary) == first),
+        encodings: known.iter().map(|binary| binary.or(first).unwrap_or(false)).collect(),
+        bytes,
+    })
+}
+
+/// Whether a cell is binary; `None` for NULL.
+pub(super) fn encoding(writer: &TableWriter, parameter: Parameter, cell: Cell) -> Result<Option<bool>> {
+    match cell.kind {
+        CellKind::Null => Ok(None),
+        CellKind::Text => Ok(Some(false)),
+        CellKind::Binary if writer.takes_binary(parameter.column) => Ok(Some(true)),
+        CellKind::Binary => {
+            Err(Error::bug(format!("a binary value of a type whose values are OIDs came for table {}", writer.version.name)))
+        }
+        CellKind::Unchanged => Err(Error::stop(
+            reason::PROTOCOL_VIOLATION,
+            format!("the source left out a value that is needed to find a row of table {}", writer.version.name),
+        )),
+    }
+}
+
+/// One value of one row, in the format in which it came.
+pub(super) struct OneCell<'a> {
+    pub batch: &'a Batch,
+    pub cell: Cell,
+}
+
+impl fmt::Debug for OneCell<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.cell.kind)
+    }
+}
+
+impl ToSql for OneCell<'_> {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, EncodeError> {
+        if self.cell.kind == CellKind::Null {
+            return Ok(IsNull::Yes);
+        }
+        out.extend_from_slice(self.batch.bytes(self.cell));
+        Ok(IsNull::No)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        match self.cell.kind {
+            CellKind::Text => Format::Text,
+            CellKind::Binary | CellKind::Null | CellKind::Unchanged => Format::Binary,
+        }
+    }
+
+    to_sql_checked!();
+}
+
+/// One column of many rows, as a one-dimensional array.
+pub(super) struct CellArray<'a> {
+    pub batch: &'a Batch,
+    pub rows: &'a [u32],
+    pub parameter: Parameter,
+}
+
+impl fmt::Debug for CellArray<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "column {} of {} rows", self.parameter.column, self.rows.len())
+    }
+}
+
+impl ToSql for CellArray<'_> {
+    /// The array's binary form (PostgreSQL: `array_recv`): dimensions, has-null flag, element type, length, lower bound,
+    /// then each element with its length.
+    fn to_sql(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, EncodeError> {
+        let Kind::Array(element) = ty.kind() else {
+            return Err(format!("{ty} is not an array").into());
+        };
+        out.put_i32(1);
+        out.put_i32(1);
+        out.put_u32(element.oid());
+        out.put_i32(i32::try_from(self.rows.len())?);
+        out.put_i32(1);
+        for &row in self.rows {
+            put_field(self.batch, self.parameter.cell(self.batch, &self.batch.changes()[row as usize]), out);
+        }
+        Ok(IsNull::No)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
+}
+
+/// A value behind its length; NULL is the length −1.
+fn put_field(batch: &Batch, cell: Cell, out: &mut BytesMut) {
+    if cell.kind == CellKind::Null {
+        out.put_i32(-1);
+        return;
+    }
+    let bytes = batch.bytes(cell);
+    // A cell's length is a part of a u32-sized arena, and a server takes no field of 2 GiB or more.
+    out.put_i32(bytes.len() as i32);
+    out.extend_from_slice(bytes);
+}
+
+/// A new row as one tuple of a `COPY`.
+pub(super) fn copy_row(batch: &Batch, change: &Change, binary: bool, out: &mut BytesMut) {
+    let cells = batch.cells(change.new);
+    if binary {
+        out.put_i16(cells.len() as i16);
+        for cell in cells {
+            put_field(batch, *cell, out);
+        }
+        return;
+    }
+    for (number, cell) in cells.iter().enumerate() {
+        if number > 0 {
+            out.put_u8(b'\t');
+        }
+        match cell.kind {
+            CellKind::Null => out.extend_from_slice(b"\\N"),
+            _ => escape(batch.bytes(*cell), out),
+        }
+    }
+    out.put_u8(b'\n');
+}
+
+/// Escapes what means something in a text `COPY` (manual: COPY, "Text Format").
+fn escape(bytes: &[u8], out: &mut BytesMut) {
+    let special = |byte: &u8| matches!(byte, b'\\' | b'\n' | b'\r' | b'\t');
+    let mut rest = bytes;
+    while let Some(place) = rest.iter().position(|byte| special(byte)) {
+        out.extend_from_slice(&rest[..place]);
+        let letter = match rest[place] {
+            b'\n' => b'n',
+            b'\r' => b'r',
+            b'\t' => b't',
+            other => other,
+        };
+        out.extend_from_slice(&[b'\\', letter]);
+        rest = &rest[place + 1..];
+    }
+    out.extend_from_slice(rest);
+}
+
+/// Names a row by its key, for people. Values of other columns are never shown.
+pub(super) fn key_text(batch: &Batch, writer: &TableWriter, change: &Change) -> String {
+    let parameter = |column: &usize| Parameter { column: *column, side: super::super::statements::Side::Key };
+    let values = writer.key.iter().map(|column| {
+        let cell = parameter(column).cell(batch, change);
+        value_text(writer.version.columns[*column].type_id, cell.kind, batch.bytes(cell))
+    });
+    let pairs: Vec<String> = writer.key_names().zip(values).map(|(name, value)| format!("{name} = {value}")).collect();
+    pairs.join(", ")
+}
+
+fn value_text(type_id: u32, kind: CellKind, bytes: &[u8]) -> String {
+    const LONGEST: usize = 100;
+    let text = match (kind, type_id, bytes) {
+        (CellKind::Null, ..) => "NULL".to_owned(),
+        (CellKind::Binary, 20, &[a, b, c, d, e, f, g, h]) => i64::from_be_bytes([a, b, c, d, e, f, g, h]).to_string(),
+        (CellKind::Binary, 23, &[a, b, c, d]) => i32::from_be_bytes([a, b, c, d]).to_string(),
+        (CellKind::Binary, 21, &[a, b]) => i16::from_be_bytes([a, b]).to_string(),
+        (CellKind::Binary, 25 | 1043 | 19 | 1042, bytes) | (CellKind::Text, _, bytes) => String::from_utf8_lossy(bytes).into_owned(),
+        (_, _, bytes) => bytes.iter().take(LONGEST).map(|byte| format!("{byte:02x}")).collect(),
+    };
+    text.chars().take(LONGEST).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_escaped_for_copy() {
+        let mut out = BytesMut::new();
+        escape(b"a\\b\nc\rd\te\\.", &mut out);
+        assert_eq!(&out[..], br"a\\b\nc\rd\te\\.");
+    }
+
+    #[test]
+    fn keys_are_shown_as_people_write_them() {
+        assert_eq!(value_text(23, CellKind::Binary, &(-7i32).to_be_bytes()), "-7");
+        assert_eq!(value_text(25, CellKind::Text, b"x"), "x");
+        assert_eq!(value_text(2950, CellKind::Binary, &[0xab, 1]), "ab01");
+    }
+}

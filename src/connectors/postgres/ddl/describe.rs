@@ -1,0 +1,259 @@
+//! What a target table is: columns, unique indexes, foreign keys, triggers.
+
+use super::super::sql::quote_ident;
+use super::super::target::failed;
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::table::QualifiedName;
+use tokio_postgres::Client;
+
+/// How two values of a type are found equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Equality {
+    /// Equal if and only if their bytes are.
+    Bytes,
+    /// The type's own equality takes different values for equal (numeric `1.0` and `1.00`, float `0` and `-0`).
+    Loose,
+    /// No equality that can be relied on; the text form is compared.
+    Text,
+}
+
+/// One column of a target table.
+#[derive(Clone, Debug)]
+pub(in super::super) struct TargetColumn {
+    pub name: String,
+    pub type_name: QualifiedName,
+    /// As declared, with its modifier.
+    pub declared: String,
+    pub not_null: bool,
+    pub has_default: bool,
+    pub generated: bool,
+    /// `GENERATED ALWAYS AS IDENTITY`: an update may not name it.
+    pub always_identity: bool,
+    /// The type belongs to an extension, whose schema may differ between servers.
+    pub from_extension: bool,
+    pub is_array: bool,
+    /// The type can be sent and received in binary.
+    pub has_binary: bool,
+    pub equality: Equality,
+    /// The equality operator, for types whose operators are not in `pg_catalog`.
+    pub operator: String,
+}
+
+/// A unique index or exclusion constraint.
+#[derive(Clone, Debug)]
+pub(in super::super) struct UniqueIndex {
+    pub name: String,
+    pub columns: Vec<String>,
+    pub primary: bool,
+    /// Over plain columns of all rows, and usable.
+    pub plain: bool,
+}
+
+/// A table that is there.
+#[derive(Clone, Debug)]
+pub(in super::super) struct TargetTable {
+    pub partitioned: bool,
+    pub columns: Vec<TargetColumn>,
+    pub unique: Vec<UniqueIndex>,
+    /// User triggers that fire without replica role.
+    pub triggers: Vec<String>,
+    /// User triggers that fire with replica role too.
+    pub always_triggers: Vec<String>,
+    /// Foreign keys of other tables whose actions change those.
+    pub cascades: Vec<String>,
+    /// A foreign key points from or to the table.
+    pub has_foreign_keys: bool,
+}
+
+impl TargetTable {
+    /// A column by name.
+    pub fn column(&self, name: &str) -> Option<&TargetColumn> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
+    /// Whether a unique index has exactly these columns, in any order.
+    pub fn has_unique_index_on(&self, key: &[&str]) -> bool {
+        self.key_index(key).is_some()
+    }
+
+    /// The unique index with exactly these columns, in any order.
+    pub fn key_index(&self, key: &[&str]) -> Option<&UniqueIndex> {
+        self.unique.iter().find(|index| {
+            index.plain && index.columns.len() == key.len() && key.iter().all(|column| index.columns.iter().any(|c| c == column))
+        })
+    }
+
+    /// Whether there is a primary key.
+    pub fn has_primary_key(&self) -> bool {
+        self.unique.iter().any(|index| index.primary)
+    }
+
+    /// Whether rows with different keys can still be in each other's way.
+    pub fn restricts_more_than(&self, key: &[&str]) -> bool {
+        let implied = |index: &UniqueIndex| index.plain && key.iter().all(|column| index.columns.iter().any(|c| c == column));
+        self.unique.iter().any(|index| !implied(index))
+    }
+}
+
+/// Built-in types whose output is the same if and only if they are equal.
+const EQUAL_BY_BYTES: [&str; 24] = [
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "oid",
+    "xid8",
+    "text",
+    "varchar",
+    "name",
+    "char",
+    "bytea",
+    "uuid",
+    "date",
+    "time",
+    "timestamp",
+    "timestamptz",
+    "inet",
+    "cidr",
+    "macaddr",
+    "macaddr8",
+    "bit",
+    "varbit",
+    "pg_lsn",
+    "money",
+];
+/// Built-in types with an equality wider than that of bytes.
+const EQUAL_LOOSELY: [&str; 6] = ["numeric", "float4", "float8", "bpchar", "interval", "timetz"];
+
+fn equality(base: &QualifiedName, kind: &str, deterministic: bool) -> Equality {
+    let built_in = base.schema == "pg_catalog";
+    match kind {
+        "e" => Equality::Bytes,
+        "b" if built_in && EQUAL_BY_BYTES.contains(&base.name.as_str()) && deterministic => Equality::Bytes,
+        "b" if built_in && EQUAL_BY_BYTES.contains(&base.name.as_str()) => Equality::Loose,
+        "b" if built_in && EQUAL_LOOSELY.contains(&base.name.as_str()) => Equality::Loose,
+        _ => Equality::Text,
+    }
+}
+
+/// Reads what a table is; `None` when there is none of that name.
+///
+/// # Errors
+/// `TargetTableIncompatible` when the name stands for something that is no table.
+pub(in super::super) async fn describe(client: &Client, name: &QualifiedName) -> Result<Option<TargetTable>> {
+    let found = client
+        .query_opt(
+            "SELECT c.oid, c.relkind::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = $1 AND c.relname = $2",
+            &[&name.schema, &name.name],
+        )
+        .await
+        .map_err(failed("look for the target table"))?;
+    let Some(row) = found else { return Ok(None) };
+    let (oid, kind): (u32, &str) = (row.get(0), row.get(1));
+    if !matches!(kind, "r" | "p") {
+        return Err(Error::stop(
+            reason::TARGET_TABLE_INCOMPATIBLE,
+            format!("{name} on the target is not a table; rename it, or map to another name"),
+        ));
+    }
+    let unique = unique_indexes(client, oid).await?;
+    let (triggers, always_triggers) = triggers(client, oid).await?;
+    let foreign = client
+        .query(
+            "SELECT conname, confrelid = $1 AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd'))
+             FROM pg_constraint WHERE contype = 'f' AND (conrelid = $1 OR confrelid = $1)",
+            &[&oid],
+        )
+        .await
+        .map_err(failed("read foreign keys of the target table"))?;
+    Ok(Some(TargetTable {
+        partitioned: kind == "p",
+        columns: columns(client, oid).await?,
+        unique,
+        triggers,
+        always_triggers,
+        has_foreign_keys: !foreign.is_empty(),
+        cascades: foreign.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect(),
+    }))
+}
+
+async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
+    let rows = client
+        .query(
+            "WITH RECURSIVE bases(oid, base) AS (
+               SELECT t.oid, t.oid FROM pg_type t JOIN pg_attribute a ON a.atttypid = t.oid WHERE a.attrelid = $1
+               UNION SELECT b.oid, t.typbasetype FROM bases b JOIN pg_type t ON t.oid = b.base WHERE t.typtype = 'd')
+             SELECT a.attname, tn.nspname, t.typname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.atthasdef OR a.attidentity <> '',
+                    a.attgenerated <> '', a.attidentity = 'a', bn.nspname, b.typname, b.typtype::text,
+                    coalesce(co.collisdeterministic, true),
+                    EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'),
+                    b.typcategory = 'A', b.typsend <> 0 AND b.typreceive <> 0,
+                    (SELECT opn.nspname FROM pg_opclass oc JOIN pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
+                       JOIN pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3
+                         AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
+                       JOIN pg_operator o ON o.oid = ao.amopopr JOIN pg_namespace opn ON opn.oid = o.oprnamespace
+                     WHERE oc.opcdefault AND oc.opcintype = b.oid)
+             FROM pg_attribute a
+             JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
+             JOIN bases ON bases.oid = t.oid JOIN pg_type b ON b.oid = bases.base AND b.typtype <> 'd' JOIN pg_namespace bn ON bn.oid = b.typnamespace
+             LEFT JOIN pg_collation co ON co.oid = a.attcollation
+             WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
+            &[&oid],
+        )
+        .await
+        .map_err(failed("read the target table"))?;
+    Ok(rows
+        .iter()
+        .map(|row| {
+            let base = QualifiedName::new(row.get::<_, String>(8), row.get::<_, String>(9));
+            let operator = match row.get::<_, Option<&str>>(15) {
+                Some(schema) if schema != "pg_catalog" => format!("OPERATOR({}.=)", quote_ident(schema)),
+                _ => "=".to_owned(),
+            };
+            TargetColumn {
+                name: row.get(0),
+                type_name: QualifiedName::new(row.get::<_, String>(1), row.get::<_, String>(2)),
+                declared: row.get(3),
+                not_null: row.get(4),
+                has_default: row.get(5),
+                generated: row.get(6),
+                always_identity: row.get(7),
+                from_extension: row.get(12),
+                is_array: row.get(13),
+                has_binary: row.get(14),
+                equality: equality(&base, row.get(10), row.get(11)),
+                operator,
+            }
+        })
+        .collect())
+}
+
+async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
+    let rows = client
+        .query(
+            "SELECT c.relname, i.indisprimary,
+                    i.indisvalid AND NOT i.indisexclusion AND i.indpred IS NULL AND i.indexprs IS NULL,
+                    ARRAY(SELECT a.attname::text FROM generate_series(0, i.indnkeyatts - 1) AS k
+                          JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k] ORDER BY k)
+             FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+             WHERE i.indrelid = $1 AND i.indislive AND (i.indisunique OR i.indisexclusion)",
+            &[&oid],
+        )
+        .await
+        .map_err(failed("read indexes of the target table"))?;
+    Ok(rows.iter().map(|row| UniqueIndex { name: row.get(0), primary: row.get(1), plain: row.get(2), columns: row.get(3) }).collect())
+}
+
+/// User triggers that fire in an ordinary session, and those that fire in a replica session.
+async fn triggers(client: &Client, oid: u32) -> Result<(Vec<String>, Vec<String>)> {
+    let rows = client
+        .query(
+            "SELECT tgname, tgenabled IN ('O', 'A'), tgenabled IN ('R', 'A') FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal",
+            &[&oid],
+        )
+        .await
+        .map_err(failed("read triggers of the target table"))?;
+    let named = |column: usize| rows.iter().filter(|row| row.get(column)).map(|row| row.get(0)).collect();
+    Ok((named(1), named(2)))
+}

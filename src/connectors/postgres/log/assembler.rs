@@ -1,0 +1,165 @@
+//! From messages to parts: the pure middle of the log. No sockets and no clock of its own.
+
+use crate::connectors::postgres::errors::violation;
+use crate::connectors::postgres::lsn::Lsn;
+use crate::connectors::postgres::pgoutput::{Decoder, Message};
+use crate::engine::batch::{Batch, Boundary, Part};
+use crate::engine::error::Result;
+use crate::engine::roles::BatchLimits;
+use std::time::{Instant, SystemTime};
+
+/// Builds one part after the other.
+pub(super) struct Assembler {
+    decoder: Decoder,
+    limits: BatchLimits,
+    batch: Batch,
+    boundaries: Vec<Boundary<Lsn>>,
+    /// The part continues a transaction that an earlier part left open.
+    continues: bool,
+    /// A transaction is under way; where its commit record starts.
+    transaction: Option<Lsn>,
+    /// Since when the part holds a whole transaction.
+    whole_since: Option<Instant>,
+    received: Lsn,
+}
+
+impl Assembler {
+    pub(super) fn new(decoder: Decoder, limits: BatchLimits, from: Lsn) -> Self {
+        Self {
+            decoder,
+            limits,
+            batch: Batch::default(),
+            boundaries: Vec::new(),
+            continues: false,
+            transaction: None,
+            whole_since: None,
+            received: from,
+        }
+    }
+
+    /// Takes one message; a part that can't take more goes to `out`, at most one.
+    pub(super) fn message(&mut self, message: &[u8], now: Instant, out: &mut Vec<Part<Lsn>>) -> Result<()> {
+        if Decoder::adds_changes(message) {
+            if self.transaction.is_none() {
+                return Err(violation("pgoutput: a change outside of a transaction"));
+            }
+            if !self.batch.is_empty() && (self.is_full(&self.batch) || self.batch.room() < message.len()) {
+                out.push(self.seal());
+            }
+        }
+        match self.decoder.decode(message, &mut self.batch)? {
+            Message::Begin { commit_start } => self.begin(commit_start),
+            Message::Commit { end, committed_at } => {
+                self.commit(end, committed_at, now)?;
+                if self.continues || self.is_full(&self.batch) || self.has_waited(now) {
+                    out.push(self.seal());
+                }
+                Ok(())
+            }
+            Message::Changes | Message::Other => Ok(()),
+        }
+    }
+
+    /// The server has nothing for us up to `end`; counts only between transactions.
+    pub(super) fn keepalive(&mut self, end: Lsn) {
+        if self.transaction.is_none() {
+            self.received = self.received.max(end);
+        }
+    }
+
+    /// The part in the making, when it ends with a whole transaction.
+    pub(super) fn take_whole(&mut self) -> Option<Part<Lsn>> {
+        (self.transaction.is_none() && !self.boundaries.is_empty()).then(|| self.seal())
+    }
+
+    /// The position that a part without changes would carry; `None` while there is something else to hand over.
+    pub(super) fn idle(&self) -> Option<Lsn> {
+        (self.transaction.is_none() && self.boundaries.is_empty()).then_some(self.received)
+    }
+
+    /// Whether a part that nobody has taken yet can take more.
+    pub(super) fn can_extend(&self, part: &Part<Lsn>) -> bool {
+        let nothing_here = self.batch.is_empty() && self.boundaries.is_empty() && self.transaction.is_none();
+        nothing_here && !part.is_idle() && !part.open && !part.continues && !self.is_full(&part.batch)
+    }
+
+    /// Goes on with a part that was handed over and not taken.
+    pub(super) fn extend(&mut self, part: Part<Lsn>, now: Instant) {
+        self.batch = part.batch;
+        self.boundaries = part.boundaries;
+        self.whole_since = Some(now);
+    }
+
+    /// What is whole of the part in the making; the rest is dropped. For the end of a stream: everything that was committed
+    /// before a change that can't be followed is still handed over.
+    pub(super) fn finish(&mut self) -> Option<Part<Lsn>> {
+        let whole = self.boundaries.last()?.changes;
+        self.batch.truncate(whole);
+        self.transaction = None;
+        Some(self.seal())
+    }
+
+    /// Bytes of the part in the making.
+    pub(super) fn size(&self) -> usize {
+        self.batch.size()
+    }
+
+    pub(super) fn received(&self) -> Lsn {
+        self.received
+    }
+
+    fn begin(&mut self, commit_start: Lsn) -> Result<()> {
+        match self.transaction.replace(commit_start) {
+            None => Ok(()),
+            Some(_) => Err(violation("pgoutput: a transaction begins inside another")),
+        }
+    }
+
+    fn commit(&mut self, end: Lsn, committed_at: SystemTime, now: Instant) -> Result<()> {
+        if self.transaction.take().is_none() {
+            return Err(violation("pgoutput: a transaction ends that did not begin"));
+        }
+        let boundary = Boundary { changes: self.batch.changes().len(), end, committed_at };
+        // Runs of transactions without changes keep only their last end. One with changes keeps its own: its rows are
+        // judged by it.
+        match self.boundaries.len() {
+            0 => self.boundaries.push(boundary),
+            count => {
+                let before = count.checked_sub(2).map_or(0, |index| self.boundaries[index].changes);
+                let last = &mut self.boundaries[count - 1];
+                if last.changes == boundary.changes && last.changes == before {
+                    *last = boundary;
+                } else {
+                    self.boundaries.push(boundary);
+                }
+            }
+        }
+        self.received = self.received.max(end);
+        self.whole_since.get_or_insert(now);
+        Ok(())
+    }
+
+    fn is_full(&self, batch: &Batch) -> bool {
+        batch.changes().len() >= self.limits.rows || batch.size() >= self.limits.bytes
+    }
+
+    fn has_waited(&self, now: Instant) -> bool {
+        self.whole_since.is_some_and(|since| now.saturating_duration_since(since) >= self.limits.delay)
+    }
+
+    fn seal(&mut self) -> Part<Lsn> {
+        let open = self.transaction.is_some();
+        self.whole_since = None;
+        Part {
+            batch: std::mem::take(&mut self.batch),
+            boundaries: std::mem::take(&mut self.boundaries),
+            continues: std::mem::replace(&mut self.continues, open),
+            open,
+            open_from: self.transaction,
+            received: self.received,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

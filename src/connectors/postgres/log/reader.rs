@@ -1,0 +1,309 @@
+//! The reader's thread: reads big, decodes, hands over, and keeps the server informed.
+//!
+//! A walsender sends each row by itself. A reader that takes every row as it comes makes the server spend more time on
+//! waking it than on decoding; so while data flows the thread takes a short nap after a small read and lets more pile up.
+//! An idle stream blocks in its read, and a transaction that has ended is handed over before the nap.
+
+use super::Positions;
+use super::assembler::Assembler;
+use super::buffer::Buffer;
+use super::input::Input;
+use crate::connectors::postgres::connect::{BlockingTransport, Side};
+use crate::connectors::postgres::errors::{self, violation};
+use crate::connectors::postgres::lsn::Lsn;
+use crate::connectors::postgres::replication::cursor::Cursor;
+use crate::connectors::postgres::replication::{CopyBoth, server_error};
+use crate::engine::batch::Part;
+use crate::engine::error::{Error, Result};
+use std::io::{self, ErrorKind};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Longest time in a read or a wait: how soon a confirmation is passed on by a stream on which nothing else happens.
+const TICK: Duration = Duration::from_millis(100);
+/// Bound for sending a status update.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// Shortest pause between two status updates that were not asked for.
+const SHORTEST_FEEDBACK_INTERVAL: Duration = Duration::from_millis(100);
+/// Less than this at once is a small read.
+const SMALL_READ: usize = 64 * 1024;
+/// Data that follows within this time is a flow.
+const FLOW: Duration = Duration::from_millis(2);
+/// How long data may pile up.
+const NAP: Duration = Duration::from_micros(200);
+/// How often an idle stream hands its position over,
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+/// unless it moved that far, in bytes.
+const IDLE_DISTANCE: u64 = 16 * 1024 * 1024;
+/// What is being done, for messages of errors.
+const DOING: &str = "replication stream";
+
+pub(super) struct Reader {
+    connection: Connection,
+    intake: Intake,
+    /// When the last data came.
+    last_data: Option<Instant>,
+    /// Bytes since the socket was last empty.
+    burst: usize,
+}
+
+/// The socket with both directions.
+struct Connection {
+    transport: BlockingTransport,
+    input: Input,
+    feedback_interval: Duration,
+    reported: Lsn,
+    reported_at: Instant,
+}
+
+/// Where received messages go.
+struct Intake {
+    assembler: Assembler,
+    buffer: Arc<Buffer>,
+    positions: Arc<Positions>,
+    parts: Vec<Part<Lsn>>,
+    server_end: Lsn,
+    reply_requested: bool,
+    /// Position that the consumer knows when it has applied all that was handed over.
+    handed_over: Lsn,
+    idle_at: Option<Instant>,
+}
+
+impl Reader {
+    /// A reader, and a second handle of its socket with which it is woken.
+    pub(super) fn new(
+        copy: CopyBoth,
+        assembler: Assembler,
+        buffer: Arc<Buffer>,
+        positions: Arc<Positions>,
+        feedback_interval: Duration,
+    ) -> io::Result<(Self, TcpStream)> {
+        let transport = copy.transport.into_blocking(TICK, WRITE_LIMIT)?;
+        let socket = transport.socket()?;
+        let from = assembler.received();
+        let input = Input::new(&copy.received);
+        let connection = Connection { transport, input, feedback_interval, reported: from, reported_at: Instant::now() };
+        let intake = Intake {
+            assembler,
+            buffer,
+            positions,
+            parts: Vec::new(),
+            server_end: from,
+            reply_requested: true, // the first update goes out at once
+            handed_over: from,
+            idle_at: None,
+        };
+        Ok((Self { connection, intake, last_data: None, burst: 0 }, socket))
+    }
+
+    /// Runs until the consumer is gone or the stream fails.
+    pub(super) fn run(mut self) {
+        // Even if this thread panics the consumer hears of it.
+        let _end = EndOnDrop(Arc::clone(&self.intake.buffer));
+        let outcome = self.stream();
+        if self.intake.buffer.is_closed() {
+            self.connection.say_goodbye(&self.intake.positions);
+        } else if let Err(error) = outcome {
+            self.intake.fail(error);
+        }
+    }
+
+    fn stream(&mut self) -> Result<()> {
+        // The answer to the command may have brought the first messages with it.
+        self.decode()?;
+        self.intake.hand_over();
+        while !self.intake.buffer.is_closed() {
+            let asked = std::mem::take(&mut self.intake.reply_requested);
+            self.connection.report(&self.intake.positions, asked)?;
+            if self.intake.wait_for_space() {
+                self.read()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<()> {
+        match self.connection.transport.receive(self.connection.input.space()) {
+            Ok((0, _)) => Err(lost(&ErrorKind::UnexpectedEof.into())),
+            Ok((count, drained)) => {
+                self.connection.input.filled(count);
+                self.intake.extend_last();
+                self.decode()?;
+                self.burst += count;
+                if drained {
+                    self.intake.hand_over();
+                    self.nap();
+                }
+                Ok(())
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                self.intake.hand_over();
+                Ok(())
+            }
+            Err(error) => Err(lost(&error)),
+        }
+    }
+
+    fn decode(&mut self) -> Result<()> {
+        let now = Instant::now();
+        while let Some((tag, body)) = self.connection.input.frame()? {
+            self.intake.frame(tag, body, now)?;
+        }
+        self.intake.show_positions();
+        Ok(())
+    }
+
+    /// Lets data pile up while it flows in small pieces.
+    fn nap(&mut self) {
+        let now = Instant::now();
+        let flows = self.last_data.replace(now).is_some_and(|last| now - last < FLOW);
+        let small = std::mem::take(&mut self.burst) < SMALL_READ;
+        if flows && small {
+            std::thread::sleep(NAP);
+        }
+    }
+}
+
+impl Connection {
+    /// Sends a status update when it is due: asked for, news to tell, or the interval is over.
+    fn report(&mut self, positions: &Positions, asked: bool) -> Result<()> {
+        let since = self.reported_at.elapsed();
+        let news = positions.confirmed() > self.reported && since >= SHORTEST_FEEDBACK_INTERVAL;
+        if !(asked || news || since >= self.feedback_interval) {
+            return Ok(());
+        }
+        self.send_status(positions).map_err(|error| lost(&error))
+    }
+
+    fn send_status(&mut self, positions: &Positions) -> io::Result<()> {
+        let confirmed = positions.confirmed();
+        self.transport.send(&status_update(confirmed, SystemTime::now()))?;
+        (self.reported, self.reported_at) = (confirmed, Instant::now());
+        Ok(())
+    }
+
+    /// Tells the server the last position and that we go. It may be gone itself: nobody is left to hear of a failure.
+    fn say_goodbye(&mut self, positions: &Positions) {
+        const TERMINATE: &[u8] = b"X\0\0\0\x04";
+        let _ = self.send_status(positions).and_then(|()| self.transport.send(TERMINATE));
+    }
+}
+
+impl Intake {
+    /// Waits a moment for the consumer when the buffer is full. While it is full, nothing is read, and the server waits.
+    fn wait_for_space(&self) -> bool {
+        self.buffer.wait_for_space(self.assembler.size(), TICK)
+    }
+
+    /// Goes on with the last part when the consumer has not taken it.
+    fn extend_last(&mut self) {
+        if let Some(part) = self.buffer.take_back(|part| self.assembler.can_extend(part)) {
+            self.assembler.extend(part, Instant::now());
+        }
+    }
+
+    fn frame(&mut self, tag: u8, body: &[u8], now: Instant) -> Result<()> {
+        match tag {
+            b'd' => self.copy_data(body, now),
+            b'E' => Err(errors::classify_server(Side::Source, DOING, &server_error(body))),
+            // CopyDone: the server shuts down.
+            b'c' => Err(errors::lost(Side::Source, DOING, "the server has ended the stream")),
+            // Notice, parameter status.
+            b'N' | b'S' => Ok(()),
+            tag => Err(violation(format!("{DOING}: message {:?} is not expected here", char::from(tag)))),
+        }
+    }
+
+    fn copy_data(&mut self, body: &[u8], now: Instant) -> Result<()> {
+        let mut body = Cursor::new(body);
+        match body.u8()? {
+            // XLogData
+            b'w' => {
+                let _start = body.u64()?;
+                self.server_end = self.server_end.max(Lsn(body.u64()?));
+                let _clock = body.u64()?;
+                let decoded = self.assembler.message(body.rest(), now, &mut self.parts);
+                // A part that was complete before the message failed is as good as any.
+                while let Some(part) = self.parts.pop() {
+                    self.push(part);
+                }
+                decoded
+            }
+            // Primary keepalive
+            b'k' => {
+                let end = Lsn(body.u64()?);
+                let _clock = body.u64()?;
+                self.reply_requested |= body.u8()? != 0;
+                self.server_end = self.server_end.max(end);
+                self.assembler.keepalive(end);
+                Ok(())
+            }
+            kind => Err(violation(format!("{DOING}: unknown copy data {:?}", char::from(kind)))),
+        }
+    }
+
+    /// Hands over what is whole, and the position of a stream that is idle behind it.
+    fn hand_over(&mut self) {
+        if let Some(part) = self.assembler.take_whole() {
+            self.push(part);
+        }
+        if let Some(idle) = self.assembler.idle().filter(|idle| self.is_news(*idle)) {
+            (self.handed_over, self.idle_at) = (idle, Some(Instant::now()));
+            self.buffer.push_idle(idle);
+        }
+    }
+
+    fn push(&mut self, part: Part<Lsn>) {
+        if let Some(boundary) = part.boundaries.last() {
+            self.handed_over = self.handed_over.max(boundary.end);
+        }
+        self.buffer.push(part);
+    }
+
+    fn is_news(&self, idle: Lsn) -> bool {
+        let rested = self.idle_at.is_none_or(|at| at.elapsed() >= IDLE_INTERVAL);
+        idle > self.handed_over && (rested || idle.0 - self.handed_over.0 >= IDLE_DISTANCE)
+    }
+
+    fn show_positions(&self) {
+        self.positions.received.store(self.assembler.received().0, Ordering::Release);
+        self.positions.server_end.store(self.server_end.0, Ordering::Release);
+    }
+
+    /// Hands over the transactions that ended before the failure, then the failure.
+    fn fail(&mut self, error: Error) {
+        if let Some(part) = self.assembler.finish() {
+            self.push(part);
+        }
+        self.buffer.end(error);
+    }
+}
+
+/// Says that the stream has ended when nothing else has.
+struct EndOnDrop(Arc<Buffer>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.end(Error::bug("the thread that reads the log has died"));
+    }
+}
+
+fn lost(error: &io::Error) -> Error {
+    errors::lost(Side::Source, DOING, &format!("connection lost: {error}"))
+}
+
+/// Standby status update (manual: "Streaming Replication Protocol"): written, flushed and applied up to the same position, the
+/// durable one, and no wish for an answer.
+fn status_update(confirmed: Lsn, now: SystemTime) -> Vec<u8> {
+    /// 2000-01-01 in seconds since 1970-01-01.
+    const EPOCH: Duration = Duration::from_secs(946_684_800);
+    let clock = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().saturating_sub(EPOCH).as_micros() as u64;
+    let mut message = vec![b'd', 0, 0, 0, 38, b'r'];
+    for number in [confirmed.0, confirmed.0, confirmed.0, clock] {
+        message.extend(number.to_be_bytes());
+    }
+    message.push(0);
+    message
+}

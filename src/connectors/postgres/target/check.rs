@@ -1,0 +1,164 @@
+//! What can't work is refused before anything is written.
+
+use super::super::checkpoint::{duplicate_target, schema};
+use super::super::connect::Session;
+use super::super::endpoint::Endpoint;
+use super::super::sql::{qualified, quote_ident};
+use super::super::{ddl, load};
+use super::failed;
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::{ApplyMode, Fed, Owner, SourceIdentity};
+use crate::engine::table::{MappedTable, QualifiedName};
+use std::collections::{BTreeSet, HashMap};
+
+/// What is mapped, and what the source says of it.
+pub(super) struct Mapping<'a> {
+    pub source: &'a SourceIdentity,
+    pub tables: &'a [MappedTable],
+    pub fed: &'a [Fed],
+}
+
+/// All checks, in an order in which the first failure is the most telling.
+pub(super) async fn check(session: &Session, endpoint: &Endpoint, owner: &Owner, mapping: &Mapping<'_>, mode: ApplyMode) -> Result<()> {
+    let &Mapping { source, tables, fed } = mapping;
+    let (system_identifier, database) = identity(session).await?;
+    let same_database = system_identifier == source.system_identifier && database == source.database;
+    check_mapping(tables, same_database)?;
+    let local = fed.iter().filter(|fed| fed.system_identifier == system_identifier && fed.database == database);
+    check_no_circle(tables, local)?;
+    if schema::version(session).await?.is_some() {
+        check_written_by_others(session, owner, tables).await?;
+    }
+    let mut missing = Vec::new();
+    for table in tables {
+        match ddl::describe(session, &table.target).await? {
+            None => missing.push(table),
+            Some(present) => {
+                ddl::check_compatible(table, &present)?;
+                ddl::check_fires(table, &present, mode, &endpoint.username)?;
+                check_privileges(session, &table.target, &endpoint.username).await?;
+            }
+        }
+    }
+    ddl::check_types(session, &missing).await?;
+    check_may_create(session, &missing, endpoint).await
+}
+
+/// System identifier and database of the target.
+async fn identity(session: &Session) -> Result<(String, String)> {
+    let row = session
+        .query_one("SELECT system_identifier::text, current_database()::text FROM pg_control_system()", &[])
+        .await
+        .map_err(failed("read the target's identity"))?;
+    Ok((row.get(0), row.get(1)))
+}
+
+fn check_mapping(tables: &[MappedTable], same_database: bool) -> Result<()> {
+    let mut sources: HashMap<&QualifiedName, &QualifiedName> = HashMap::new();
+    for table in tables {
+        if same_database && *table.source() == table.target {
+            return Err(Error::stop(
+                reason::SAME_TABLE,
+                format!("{} is source and target at once: map it to another name, schema or database", table.target),
+            ));
+        }
+        if table.target.schema == "_sluice" {
+            return Err(Error::stop(
+                reason::INVALID_SPEC,
+                format!("schema _sluice holds checkpoints: map {} to another schema", table.source()),
+            ));
+        }
+        if let Some(other) = sources.insert(&table.target, table.source()) {
+            return Err(Error::stop(reason::DUPLICATE_TARGET, format!("{other} and {} both go to {}", table.source(), table.target)));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses target tables that another Mirror writes.
+async fn check_written_by_others(session: &Session, owner: &Owner, tables: &[MappedTable]) -> Result<()> {
+    let (schemas, names) = names(tables.iter().map(|table| &table.target));
+    let row = session
+        .query_opt(
+            "SELECT target_schema, target_table, mirror_namespace, mirror_name, slot
+             FROM _sluice.tables JOIN _sluice.streams USING (system_identifier, database, slot)
+             JOIN unnest($3::text[], $4::text[]) AS ours(schema, name) ON (target_schema, target_table) = (ours.schema, ours.name)
+             WHERE (mirror_namespace, mirror_name) <> ($1, $2) ORDER BY 1, 2 LIMIT 1",
+            &[&owner.namespace, &owner.name, &schemas, &names],
+        )
+        .await
+        .map_err(failed("look who writes the target tables"))?;
+    match row {
+        None => Ok(()),
+        Some(row) => {
+            let target = QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1));
+            Err(duplicate_target(&target, row.get(2), row.get(3), row.get(4)))
+        }
+    }
+}
+
+/// Refuses a table whose rows come from the very table that it would be written to: each change would come round again.
+fn check_no_circle<'a>(tables: &[MappedTable], mut fed: impl Iterator<Item = &'a Fed>) -> Result<()> {
+    let circle = fed.find(|fed| tables.iter().any(|table| *table.source() == fed.table && table.target == fed.origin));
+    circle.map_or(Ok(()), |fed| {
+        Err(Error::stop(
+            reason::TARGET_IS_MIRRORED,
+            format!(
+                "{} is written by Mirror {} from {}, to which this Mirror would write it back: each change would come round again",
+                fed.table, fed.owner, fed.origin
+            ),
+        ))
+    })
+}
+
+async fn check_privileges(session: &Session, table: &QualifiedName, role: &str) -> Result<()> {
+    let rows = session
+        .query(
+            "SELECT wanted FROM unnest($2::text[]) AS wanted WHERE NOT has_table_privilege(to_regclass($1), wanted)",
+            &[&qualified(table), &load::PRIVILEGES.as_slice()],
+        )
+        .await
+        .map_err(failed("read privileges on the target table"))?;
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let wanted: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+    Err(Error::stop(
+        reason::PRIVILEGE_MISSING,
+        format!(
+            "role {role} may not write target table {table}: GRANT {} ON {} TO {}",
+            wanted.join(", "),
+            qualified(table),
+            quote_ident(role)
+        ),
+    ))
+}
+
+async fn check_may_create(session: &Session, missing: &[&MappedTable], endpoint: &Endpoint) -> Result<()> {
+    let schemas: BTreeSet<&str> = missing.iter().map(|table| table.target.schema.as_str()).collect();
+    let role = quote_ident(&endpoint.username);
+    for schema in schemas {
+        let row = session
+            .query_one(
+                "SELECT to_regnamespace($1) IS NOT NULL, has_schema_privilege(to_regnamespace($1), 'CREATE'), has_database_privilege(current_database(), 'CREATE')",
+                &[&quote_ident(schema)],
+            )
+            .await
+            .map_err(failed("read privileges on the target schema"))?;
+        let (there, in_schema, in_database): (bool, Option<bool>, bool) = (row.get(0), row.get(1), row.get(2));
+        let cure = match (there, in_schema.unwrap_or(false), in_database) {
+            (true, false, _) => format!("GRANT CREATE, USAGE ON SCHEMA {} TO {role}", quote_ident(schema)),
+            (false, _, false) => format!("GRANT CREATE ON DATABASE {} TO {role}", quote_ident(&endpoint.database)),
+            _ => continue,
+        };
+        return Err(Error::stop(
+            reason::PRIVILEGE_MISSING,
+            format!("role {} may not make tables in target schema {schema}: {cure}", endpoint.username),
+        ));
+    }
+    Ok(())
+}
+
+fn names<'a>(tables: impl Iterator<Item = &'a QualifiedName>) -> (Vec<&'a str>, Vec<&'a str>) {
+    tables.map(|table| (table.schema.as_str(), table.name.as_str())).unzip()
+}
