@@ -198,7 +198,7 @@ fn split(blocks: u64, estimated_rows: u64, rows: u64) -> Vec<Range> {
     let last = i32::try_from(count - 1).unwrap_or(i32::MAX);
     (0..=last)
         .map(|number| {
-            let first = number.unsigned_abs() as u64 * width;
+            let first = u64::from(number.unsigned_abs()) * width;
             Range { number, blocks: Some((first, if number == last { END } else { first + width })) }
         })
         .collect()
