@@ -46,8 +46,7 @@ pub async fn apply<K: Object + Serialize>(ctx: &Context, desired: &K) -> Result<
     let api = Api::<K>::namespaced(ctx.client.clone(), &namespace);
     let params = PatchParams::apply(MANAGER).force();
     let result = in_time::<K, _>("apply", &name, api.patch(&name, &params, &Patch::Apply(&body))).await;
-    ctx.metrics
-        .applied(&K::kind(&()), if result.is_ok() { "applied" } else { "failed" });
+    ctx.metrics.applied(&K::kind(&()), if result.is_ok() { "applied" } else { "failed" });
     result
 }
 
@@ -75,18 +74,17 @@ pub fn is_applied<K: Serialize>(live: &ObjectMeta, desired: &K) -> bool {
 /// was written.
 ///
 /// # Errors
-/// As the API server answers; a missing object, or another one of the same name, is no error: nothing is left to report.
+/// As the API server answers; a missing object is no error: nothing is left to report.
 pub async fn patch_status<K: Object + Serialize, S: Serialize + Sync>(ctx: &Context, object: &K, status: &S) -> Result<bool> {
     let (namespace, name) = place(object)?;
     let status = to_json(status)?;
     if to_json(object)?.get("status") == Some(&status) {
         return Ok(false);
     }
-    // The uid makes the write fail when the object was deleted and made anew.
     let body = json!({
         "apiVersion": K::api_version(&()),
         "kind": K::kind(&()),
-        "metadata": {"name": name, "namespace": namespace, "uid": object.meta().uid},
+        "metadata": {"name": name, "namespace": namespace},
         "status": status,
     });
     let api = Api::<K>::namespaced(ctx.client.clone(), &namespace);
@@ -96,7 +94,7 @@ pub async fn patch_status<K: Object + Serialize, S: Serialize + Sync>(ctx: &Cont
             ctx.metrics.status_written(&K::kind(&()));
             Ok(true)
         }
-        Err(error) if matches!(error.class, ErrorClass::Missing | ErrorClass::Conflict) => Ok(false),
+        Err(error) if error.class == ErrorClass::Missing => Ok(false),
         Err(error) => Err(error),
     }
 }
@@ -136,22 +134,14 @@ async fn edit_finalizers<K: Object>(ctx: &Context, object: &K, plan: impl Fn(&Ob
             Err(error) if matches!(error.class, ErrorClass::Invalid | ErrorClass::Conflict) => {
                 let fresh = in_time::<K, _>("get", &name, meta_api.get(&name)).await?.metadata;
                 if fresh.uid != object.meta().uid {
-                    return Err(OperatorError::new(
-                        ErrorClass::Missing,
-                        "NotFound",
-                        format!("{} {name} was replaced", K::kind(&())),
-                    ));
+                    return Err(OperatorError::new(ErrorClass::Missing, "NotFound", format!("{} {name} was replaced", K::kind(&()))));
                 }
                 meta = fresh;
             }
             Err(error) => return Err(error),
         }
     }
-    Err(OperatorError::new(
-        ErrorClass::Conflict,
-        "Conflict",
-        format!("finalizers of {} {name} keep changing", K::kind(&())),
-    ))
+    Err(OperatorError::new(ErrorClass::Conflict, "Conflict", format!("finalizers of {} {name} keep changing", K::kind(&()))))
 }
 
 /// The JSON patch that adds it; each rests on what was seen.
@@ -196,10 +186,7 @@ fn drop_finalizer(meta: &ObjectMeta, finalizer: &str) -> Option<Value> {
 pub async fn delete_if_exists<K: Object>(ctx: &Context, namespace: &str, name: &str, uid: Option<&str>) -> Result<bool> {
     let mut params = DeleteParams::background();
     if let Some(uid) = uid {
-        params = params.preconditions(Preconditions {
-            uid: Some(uid.to_owned()),
-            ..Preconditions::default()
-        });
+        params = params.preconditions(Preconditions { uid: Some(uid.to_owned()), ..Preconditions::default() });
     }
     let api = Api::<K>::namespaced(ctx.client.clone(), namespace);
     match in_time::<K, _>("delete", name, api.delete(name, &params)).await {
@@ -228,11 +215,7 @@ async fn in_time<K: Resource<DynamicType = ()>, T>(verb: &str, name: &str, call:
 fn place<K: Resource>(object: &K) -> Result<(String, String)> {
     match (object.namespace(), object.meta().name.clone()) {
         (Some(namespace), Some(name)) => Ok((namespace, name)),
-        _ => Err(OperatorError::new(
-            ErrorClass::Bug,
-            "InternalError",
-            "an object without namespace or name",
-        )),
+        _ => Err(OperatorError::new(ErrorClass::Bug, "InternalError", "an object without namespace or name")),
     }
 }
 
@@ -280,9 +263,7 @@ mod tests {
     #[test]
     fn nothing_is_added_to_what_is_being_deleted() {
         let going = ObjectMeta {
-            deletion_timestamp: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
-                k8s_openapi::jiff::Timestamp::now(),
-            )),
+            deletion_timestamp: Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(k8s_openapi::jiff::Timestamp::now())),
             ..meta(&[])
         };
         assert_eq!(add_finalizer(&going, "x").expect_err("refused").reason, "BeingDeleted");
@@ -299,19 +280,13 @@ mod tests {
 
     #[test]
     fn what_was_applied_is_recognised() {
-        let desired = ConfigMap {
-            data: Some([("k".to_owned(), "v".to_owned())].into()),
-            ..ConfigMap::default()
-        };
+        let desired = ConfigMap { data: Some([("k".to_owned(), "v".to_owned())].into()), ..ConfigMap::default() };
         let mut live = ObjectMeta::default();
         assert!(!is_applied(&live, &desired));
         let hash = hash(&to_json(&desired).expect("json"));
         live.annotations = Some([(APPLIED_HASH.to_owned(), hash)].into());
         assert!(is_applied(&live, &desired));
-        let changed = ConfigMap {
-            data: Some([("k".to_owned(), "w".to_owned())].into()),
-            ..desired
-        };
+        let changed = ConfigMap { data: Some([("k".to_owned(), "w".to_owned())].into()), ..desired };
         assert!(!is_applied(&live, &changed));
     }
 }

@@ -34,6 +34,11 @@ pub fn delay(class: ErrorClass, failures: u32, random: f64) -> Duration {
     }
 }
 
+/// `duration` ± 20 %, so that what happened together does not come back together.
+pub fn spread(duration: Duration) -> Duration {
+    duration.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())
+}
+
 /// A controller and the uid of one of its objects.
 type Key = (&'static str, String);
 
@@ -72,11 +77,7 @@ mod tests {
     fn transient_failures_back_off_exponentially_up_to_five_minutes() {
         let longest: Vec<_> = (1..=12).map(|n| delay(ErrorClass::Transient, n, 1.0).as_secs()).collect();
         assert_eq!(longest, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
-        assert_eq!(
-            delay(ErrorClass::Conflict, 9, 0.0),
-            FIRST,
-            "full jitter reaches down to the first delay"
-        );
+        assert_eq!(delay(ErrorClass::Conflict, 9, 0.0), FIRST, "full jitter reaches down to the first delay");
         assert_eq!(delay(ErrorClass::Bug, u32::MAX, 1.0), LONGEST);
     }
 

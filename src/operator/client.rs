@@ -29,20 +29,12 @@ const LIST_DEADLINE: Duration = Duration::from_secs(60);
 /// When TLS or the credentials of `config` cannot be used.
 pub fn client(mut config: Config, metrics: &Metrics) -> kube::Result<Client> {
     config.connect_timeout = Some(CONNECT);
-    Ok(ClientBuilder::try_from(config)?
-        .with_layer(&Deadlines { metrics: metrics.clone() })
-        .build())
+    Ok(ClientBuilder::try_from(config)?.with_layer(&Deadlines { metrics: metrics.clone() }).build())
 }
 
 /// A client whose answers call `heard` for each head and each piece of a body: for one watch.
 pub fn listening(client: &Client, heard: Arc<dyn Fn() + Send + Sync>) -> Client {
-    Client::new(
-        Listening {
-            client: client.clone(),
-            heard,
-        },
-        client.default_namespace(),
-    )
+    Client::new(Listening { client: client.clone(), heard }, client.default_namespace())
 }
 
 /// Bounds and counts requests.
@@ -58,10 +50,7 @@ struct WithDeadline<S> {
 impl<S> Layer<S> for Deadlines {
     type Service = WithDeadline<S>;
     fn layer(&self, inner: S) -> Self::Service {
-        WithDeadline {
-            inner,
-            metrics: self.metrics.clone(),
-        }
+        WithDeadline { inner, metrics: self.metrics.clone() }
     }
 }
 
@@ -104,11 +93,8 @@ where
             metrics.api_request(verb, &resource, answer.status().as_u16());
             let (head, body) = answer.into_parts();
             // A watch's body ends with the watch; kube bounds its silence itself.
-            let body = if watches {
-                AnyBody::new(body)
-            } else {
-                AnyBody::from_stream(until(deadline, AnyBody::new(body).into_data_stream()))
-            };
+            let body =
+                if watches { AnyBody::new(body) } else { AnyBody::from_stream(until(deadline, AnyBody::new(body).into_data_stream())) };
             Ok(Response::from_parts(head, body))
         })
     }

@@ -49,12 +49,7 @@ pub type Result<T, E = OperatorError> = std::result::Result<T, E>;
 impl OperatorError {
     /// A failure without a cause of its own.
     pub fn new(class: ErrorClass, reason: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            class,
-            reason,
-            message: message.into(),
-            source: None,
-        }
+        Self { class, reason, message: message.into(), source: None }
     }
 
     /// Adds the cause.
@@ -116,14 +111,7 @@ pub fn classify(error: &kube::Error) -> (ErrorClass, &'static str) {
         403 if has_cause(status, "NamespaceTerminating") => (ErrorClass::Missing, "NamespaceTerminating"),
         403 => (ErrorClass::Bug, "Forbidden"),
         404 => (ErrorClass::Missing, "NotFound"),
-        409 => (
-            ErrorClass::Conflict,
-            if status.reason == "AlreadyExists" {
-                "AlreadyExists"
-            } else {
-                "Conflict"
-            },
-        ),
+        409 => (ErrorClass::Conflict, if status.reason == "AlreadyExists" { "AlreadyExists" } else { "Conflict" }),
         413 => (ErrorClass::Invalid, "TooLarge"),
         422 => (ErrorClass::Invalid, "RefusedByApiServer"),
         401 => (ErrorClass::Transient, "Unauthorized"),
@@ -133,10 +121,7 @@ pub fn classify(error: &kube::Error) -> (ErrorClass, &'static str) {
 }
 
 fn has_cause(status: &kube::core::Status, reason: &str) -> bool {
-    status
-        .details
-        .as_ref()
-        .is_some_and(|details| details.causes.iter().any(|cause| cause.reason == reason))
+    status.details.as_ref().is_some_and(|details| details.causes.iter().any(|cause| cause.reason == reason))
 }
 
 /// The message with those of its causes that say more.
@@ -159,16 +144,7 @@ mod tests {
     use kube::core::Status;
 
     fn api(code: u16, reason: &str) -> OperatorError {
-        kube::Error::Api(
-            Status {
-                code,
-                reason: reason.into(),
-                message: format!("message {code}"),
-                ..Status::default()
-            }
-            .boxed(),
-        )
-        .into()
+        kube::Error::Api(Status { code, reason: reason.into(), message: format!("message {code}"), ..Status::default() }.boxed()).into()
     }
 
     #[test]

@@ -83,26 +83,13 @@ impl Events {
             uid: Some(options.pod_uid.clone()).filter(|uid| !uid.is_empty()),
             ..ObjectReference::default()
         };
-        Self {
-            client,
-            metrics,
-            pod,
-            series: Arc::default(),
-        }
+        Self { client, metrics, pod, series: Arc::default() }
     }
 
     /// Tells of `object`, in its namespace. `reason` and `action` are CamelCase; `note` is for people, without secrets, cut at
     /// [`NOTE_LIMIT`]. Failures are counted and logged.
     pub async fn publish(&self, object: &ObjectReference, kind: EventKind, reason: &'static str, action: &'static str, note: &str) {
-        self.write(Draft {
-            regarding: object,
-            related: None,
-            kind,
-            reason,
-            action,
-            note: cut(note),
-        })
-        .await;
+        self.write(Draft { regarding: object, related: None, kind, reason, action, note: cut(note) }).await;
     }
 
     /// Tells of `related` outside its namespace: in the operator's own, beside the operator's pod. For what must outlive the
@@ -116,32 +103,17 @@ impl Events {
         note: &str,
     ) {
         let pod = self.pod.clone();
-        self.write(Draft {
-            regarding: &pod,
-            related: Some(related),
-            kind,
-            reason,
-            action,
-            note: cut(note),
-        })
-        .await;
+        self.write(Draft { regarding: &pod, related: Some(related), kind, reason, action, note: cut(note) }).await;
     }
 
     /// Forgets the series of an object: after a success, the next failure is a new event.
     pub fn forget(&self, object: &ObjectReference) {
         let regarding = identity(object, None);
-        self.series
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|key, _| key.regarding != regarding);
+        self.series.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| key.regarding != regarding);
     }
 
     async fn write(&self, draft: Draft<'_>) {
-        let key = Key {
-            regarding: identity(draft.regarding, draft.related),
-            reason: draft.reason,
-            action: draft.action,
-        };
+        let key = Key { regarding: identity(draft.regarding, draft.related), reason: draft.reason, action: draft.action };
         let result = match self.repetition(&key, &draft.note) {
             Some(series) => match self.repeat(&draft, &series).await {
                 // The server keeps events for an hour only, and somebody may have deleted it.
@@ -153,15 +125,7 @@ impl Events {
         match result {
             Ok((name, count)) => {
                 self.metrics.event(if count == 1 { "created" } else { "repeated" });
-                self.remember(
-                    key,
-                    Series {
-                        name,
-                        note: draft.note,
-                        count,
-                        last: Instant::now(),
-                    },
-                );
+                self.remember(key, Series { name, note: draft.note, count, last: Instant::now() });
             }
             Err(error) => {
                 self.metrics.event("failed");
@@ -172,10 +136,7 @@ impl Events {
 
     fn repetition(&self, key: &Key, note: &str) -> Option<Series> {
         let series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
-        series
-            .get(key)
-            .filter(|series| series.note == note && series.last.elapsed() < SERIES)
-            .cloned()
+        series.get(key).filter(|series| series.note == note && series.last.elapsed() < SERIES).cloned()
     }
 
     fn remember(&self, key: Key, series: Series) {
@@ -193,11 +154,7 @@ impl Events {
         let name = event_name(draft.regarding.name.as_deref().unwrap_or("sluice"), rand::rng().random());
         let namespace = draft.regarding.namespace.clone().unwrap_or_else(|| "default".into());
         let event = Event {
-            metadata: ObjectMeta {
-                name: Some(name.clone()),
-                namespace: Some(namespace.clone()),
-                ..ObjectMeta::default()
-            },
+            metadata: ObjectMeta { name: Some(name.clone()), namespace: Some(namespace.clone()), ..ObjectMeta::default() },
             event_time: Some(MicroTime(Timestamp::now())),
             type_: Some(if draft.kind == EventKind::Normal { "Normal" } else { "Warning" }.into()),
             reason: Some(draft.reason.into()),
@@ -226,22 +183,14 @@ impl Events {
 }
 
 async fn in_time<T>(call: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
-    tokio::time::timeout(DEADLINE, call)
-        .await
-        .unwrap_or_else(|_| Err(kube::Error::Service("the API server did not answer in time".into())))
+    tokio::time::timeout(DEADLINE, call).await.unwrap_or_else(|_| Err(kube::Error::Service("the API server did not answer in time".into())))
 }
 
 /// Objects are told apart by uid; a name may come back.
 fn identity(regarding: &ObjectReference, related: Option<&ObjectReference>) -> String {
     let one = |object: &ObjectReference| {
         let part = |text: &Option<String>| text.clone().unwrap_or_default();
-        format!(
-            "{}/{}/{}/{}",
-            part(&object.kind),
-            part(&object.namespace),
-            part(&object.name),
-            part(&object.uid)
-        )
+        format!("{}/{}/{}/{}", part(&object.kind), part(&object.namespace), part(&object.name), part(&object.uid))
     };
     related.map_or_else(|| one(regarding), |related| format!("{} {}", one(regarding), one(related)))
 }
@@ -258,10 +207,7 @@ fn cut(note: &str) -> String {
     if note.len() <= NOTE_LIMIT {
         return note.to_owned();
     }
-    let end = (0..=NOTE_LIMIT - MARK.len())
-        .rev()
-        .find(|end| note.is_char_boundary(*end))
-        .unwrap_or(0);
+    let end = (0..=NOTE_LIMIT - MARK.len()).rev().find(|end| note.is_char_boundary(*end)).unwrap_or(0);
     format!("{}{MARK}", &note[..end])
 }
 
@@ -277,11 +223,7 @@ mod tests {
         for prefix in 0..4 {
             let long = format!("{}{}", "x".repeat(prefix), "é√😀".repeat(300));
             let short = cut(&long);
-            assert!(
-                short.len() <= NOTE_LIMIT && short.len() > NOTE_LIMIT - 8 && short.ends_with('…'),
-                "{}",
-                short.len()
-            );
+            assert!(short.len() <= NOTE_LIMIT && short.len() > NOTE_LIMIT - 8 && short.ends_with('…'), "{}", short.len());
         }
     }
 

@@ -61,9 +61,7 @@ impl Watch {
     }
 
     fn silent_for(&self) -> Duration {
-        self.begin
-            .elapsed()
-            .saturating_sub(Duration::from_millis(self.heard.load(Ordering::Relaxed)))
+        self.begin.elapsed().saturating_sub(Duration::from_millis(self.heard.load(Ordering::Relaxed)))
     }
 }
 
@@ -94,12 +92,7 @@ impl Health {
 
     /// The same with the whole silence allowed.
     pub fn watch_with(&self, kind: &str, silence: Duration) -> Arc<Watch> {
-        let watch = Arc::new(Watch {
-            kind: kind.into(),
-            begin: Instant::now(),
-            heard: AtomicU64::new(0),
-            silence,
-        });
+        let watch = Arc::new(Watch { kind: kind.into(), begin: Instant::now(), heard: AtomicU64::new(0), silence });
         let mut watches = self.inner.watches.lock().unwrap_or_else(PoisonError::into_inner);
         watches.retain(|other| other.strong_count() > 0);
         watches.push(Arc::downgrade(&watch));
@@ -110,10 +103,7 @@ impl Health {
     pub fn wait_for(&self, what: impl Into<String>) -> Waiting {
         let number = self.inner.numbers.fetch_add(1, Ordering::Relaxed);
         self.waiting().insert(number, what.into());
-        Waiting {
-            health: self.clone(),
-            number,
-        }
+        Waiting { health: self.clone(), number }
     }
 
     fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
@@ -123,29 +113,19 @@ impl Health {
     /// What speaks against being alive.
     pub fn not_alive(&self) -> Vec<String> {
         let mut complaints = Vec::new();
-        let silent = self
-            .inner
-            .begin
-            .elapsed()
-            .saturating_sub(Duration::from_millis(self.inner.beat.load(Ordering::Relaxed)));
+        let silent = self.inner.begin.elapsed().saturating_sub(Duration::from_millis(self.inner.beat.load(Ordering::Relaxed)));
         if silent > HEARTBEAT {
             complaints.push(format!("no heartbeat for {} s", silent.as_secs()));
         }
         let watches = self.inner.watches.lock().unwrap_or_else(PoisonError::into_inner);
-        complaints.extend(
-            watches
-                .iter()
-                .filter_map(Weak::upgrade)
-                .filter(|watch| watch.silent_for() > watch.silence)
-                .map(|watch| {
-                    format!(
-                        "watch of {}: nothing heard for {} s, allowed are {}",
-                        watch.kind,
-                        watch.silent_for().as_secs(),
-                        watch.silence.as_secs()
-                    )
-                }),
-        );
+        complaints.extend(watches.iter().filter_map(Weak::upgrade).filter(|watch| watch.silent_for() > watch.silence).map(|watch| {
+            format!(
+                "watch of {}: nothing heard for {} s, allowed are {}",
+                watch.kind,
+                watch.silent_for().as_secs(),
+                watch.silence.as_secs()
+            )
+        }));
         complaints
     }
 
@@ -165,38 +145,21 @@ fn millis(duration: Duration) -> u64 {
 /// When the listener fails.
 pub async fn serve(listener: TcpListener, health: Health, metrics: Metrics) -> std::io::Result<()> {
     let router = axum::Router::new()
-        .route(
-            "/livez",
-            get(|State((health, _)): State<(Health, Metrics)>| async move { probe(&health.not_alive()) }),
-        )
-        .route(
-            "/readyz",
-            get(|State((health, _)): State<(Health, Metrics)>| async move { probe(&health.not_ready()) }),
-        )
-        .route(
-            "/metrics",
-            get(|State((_, metrics)): State<(Health, Metrics)>| async move { text(&metrics) }),
-        )
+        .route("/livez", get(|State((health, _)): State<(Health, Metrics)>| async move { probe(&health.not_alive()) }))
+        .route("/readyz", get(|State((health, _)): State<(Health, Metrics)>| async move { probe(&health.not_ready()) }))
+        .route("/metrics", get(|State((_, metrics)): State<(Health, Metrics)>| async move { text(&metrics) }))
         .with_state((health, metrics));
     axum::serve(listener, router).await
 }
 
 fn probe(complaints: &[String]) -> impl IntoResponse + use<> {
-    if complaints.is_empty() {
-        (StatusCode::OK, "ok".to_owned())
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, complaints.join("\n"))
-    }
+    if complaints.is_empty() { (StatusCode::OK, "ok".to_owned()) } else { (StatusCode::SERVICE_UNAVAILABLE, complaints.join("\n")) }
 }
 
 fn text(metrics: &Metrics) -> impl IntoResponse + use<> {
     match metrics.encode() {
         Ok(body) => (StatusCode::OK, [(header::CONTENT_TYPE, CONTENT_TYPE)], body),
-        Err(error) => (
-            StatusCode::INTERNAL_SERVER_ERROR,
-            [(header::CONTENT_TYPE, "text/plain")],
-            error.to_string(),
-        ),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], error.to_string()),
     }
 }
 

@@ -28,10 +28,7 @@ enum Part<K: Resource<DynamicType = ()> + Clone + 'static> {
 impl<K: Resource<DynamicType = ()> + Clone + 'static> Join<K> {
     /// Joins `count` watches.
     pub fn new(count: usize) -> Self {
-        Self {
-            parts: (0..count).map(|_| Part::Listing(Vec::new())).collect(),
-            begun: false,
-        }
+        Self { parts: (0..count).map(|_| Part::Listing(Vec::new())).collect(), begun: false }
     }
 
     /// What the cache is to see after an event of watch `number`. `known` reads the cache's objects of that watch.
@@ -110,11 +107,7 @@ mod tests {
 
     fn object(namespace: &str, name: &str) -> ConfigMap {
         ConfigMap {
-            metadata: ObjectMeta {
-                namespace: Some(namespace.into()),
-                name: Some(name.into()),
-                ..ObjectMeta::default()
-            },
+            metadata: ObjectMeta { namespace: Some(namespace.into()), name: Some(name.into()), ..ObjectMeta::default() },
             ..ConfigMap::default()
         }
     }
@@ -126,22 +119,13 @@ mod tests {
 
     impl World {
         fn new() -> Self {
-            Self {
-                join: Join::new(2),
-                writer: Writer::default(),
-            }
+            Self { join: Join::new(2), writer: Writer::default() }
         }
 
         /// Feeds watch `a` (0) or `b` (1).
         fn feed(&mut self, namespace: &str, event: Event<ConfigMap>) {
             let store = self.writer.as_reader();
-            let known = || {
-                store
-                    .state()
-                    .into_iter()
-                    .filter(|object| object.namespace().as_deref() == Some(namespace))
-                    .collect()
-            };
+            let known = || store.state().into_iter().filter(|object| object.namespace().as_deref() == Some(namespace)).collect();
             for event in self.join.take(usize::from(namespace == "b"), event, known) {
                 self.writer.apply_watcher_event(&event);
             }

@@ -6,6 +6,7 @@
 //! * Writes carry the resourceVersion they rest on; a conflict is a lost round.
 //! * Loss ends the process; a clean stop hands the lease back, so that another replica begins within one retry.
 
+use super::backoff::spread;
 use super::metrics::Metrics;
 use super::options::Options;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -31,11 +32,7 @@ pub struct Times {
 
 impl Default for Times {
     fn default() -> Self {
-        Self {
-            duration: Duration::from_secs(15),
-            renew_deadline: Duration::from_secs(10),
-            retry: Duration::from_secs(2),
-        }
+        Self { duration: Duration::from_secs(15), renew_deadline: Duration::from_secs(10), retry: Duration::from_secs(2) }
     }
 }
 
@@ -76,13 +73,7 @@ pub struct Elector {
 impl Elector {
     /// `me` is unique among all replicas, dead ones included.
     pub fn new(me: String, times: Times) -> Self {
-        Self {
-            me,
-            times,
-            seen: None,
-            changed: Instant::now(),
-            held_until: None,
-        }
+        Self { me, times, seen: None, changed: Instant::now(), held_until: None }
     }
 
     /// The record was read.
@@ -115,13 +106,7 @@ impl Elector {
     /// What to do at `now`; `wall` only goes into the record.
     pub fn next(&self, now: Instant, wall: Timestamp) -> Step {
         let mine = |acquired, transitions| {
-            Step::Write(Record {
-                holder: self.me.clone(),
-                duration: self.times.duration,
-                transitions,
-                acquired,
-                renewed: Some(wall),
-            })
+            Step::Write(Record { holder: self.me.clone(), duration: self.times.duration, transitions, acquired, renewed: Some(wall) })
         };
         match &self.seen {
             None => mine(Some(wall), 0),
@@ -136,12 +121,7 @@ impl Elector {
     /// The record that hands the lease back, if it is ours.
     pub fn release(&self, wall: Timestamp) -> Option<Record> {
         let record = self.seen.as_ref().filter(|_| self.is_mine())?;
-        Some(Record {
-            holder: String::new(),
-            duration: Duration::from_secs(1),
-            renewed: Some(wall),
-            ..record.clone()
-        })
+        Some(Record { holder: String::new(), duration: Duration::from_secs(1), renewed: Some(wall), ..record.clone() })
     }
 }
 
@@ -158,11 +138,7 @@ pub struct Candidate {
 impl Candidate {
     /// The identity is the pod's name and uid; without a uid (outside a cluster) a random text takes its place.
     pub fn new(client: Client, options: &Options, metrics: Metrics, times: Times) -> Self {
-        let unique = if options.pod_uid.is_empty() {
-            format!("{:016x}", rand::rng().random::<u64>())
-        } else {
-            options.pod_uid.clone()
-        };
+        let unique = if options.pod_uid.is_empty() { format!("{:016x}", rand::rng().random::<u64>()) } else { options.pod_uid.clone() };
         let me = format!("{}_{unique}", options.pod_name);
         Self {
             api: Api::namespaced(client, &options.namespace),
@@ -185,7 +161,7 @@ impl Candidate {
                 return;
             }
             // Replicas that wait for the same record come at different times.
-            sleep(self.elector.times.retry.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())).await;
+            sleep(spread(self.elector.times.retry)).await;
         }
     }
 
@@ -201,11 +177,7 @@ impl Candidate {
             }
             if self.elector.held_until().is_some_and(|until| until <= Instant::now()) {
                 self.metrics.set_leader(false);
-                return format!(
-                    "the lease {} could not be renewed for {} s",
-                    self.name,
-                    self.elector.times.renew_deadline.as_secs()
-                );
+                return format!("the lease {} could not be renewed for {} s", self.name, self.elector.times.renew_deadline.as_secs());
             }
         }
     }
@@ -270,20 +242,11 @@ impl Candidate {
     }
 
     async fn write(&self, record: &Record) -> kube::Result<Lease> {
-        let params = PostParams {
-            field_manager: Some("sluice-operator".into()),
-            ..PostParams::default()
-        };
+        let params = PostParams { field_manager: Some("sluice-operator".into()), ..PostParams::default() };
         let lease = Lease {
             metadata: self.base.as_ref().map_or_else(
-                || ObjectMeta {
-                    name: Some(self.name.clone()),
-                    ..ObjectMeta::default()
-                },
-                |base| ObjectMeta {
-                    managed_fields: None,
-                    ..base.metadata.clone()
-                },
+                || ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() },
+                |base| ObjectMeta { managed_fields: None, ..base.metadata.clone() },
             ),
             spec: Some(LeaseSpec {
                 holder_identity: Some(record.holder.clone()),
@@ -294,11 +257,7 @@ impl Candidate {
                 ..LeaseSpec::default()
             }),
         };
-        if self.base.is_some() {
-            self.api.replace(&self.name, &params, &lease).await
-        } else {
-            self.api.create(&params, &lease).await
-        }
+        if self.base.is_some() { self.api.replace(&self.name, &params, &lease).await } else { self.api.create(&params, &lease).await }
     }
 }
 
@@ -319,20 +278,11 @@ mod tests {
     use rand::SeedableRng as _;
     use rand::rngs::StdRng;
 
-    const TIMES: Times = Times {
-        duration: Duration::from_secs(15),
-        renew_deadline: Duration::from_secs(10),
-        retry: Duration::from_secs(2),
-    };
+    const TIMES: Times =
+        Times { duration: Duration::from_secs(15), renew_deadline: Duration::from_secs(10), retry: Duration::from_secs(2) };
 
     fn record(holder: &str) -> Record {
-        Record {
-            holder: holder.into(),
-            duration: TIMES.duration,
-            transitions: 3,
-            acquired: Some(Timestamp::UNIX_EPOCH),
-            renewed: None,
-        }
+        Record { holder: holder.into(), duration: TIMES.duration, transitions: 3, acquired: Some(Timestamp::UNIX_EPOCH), renewed: None }
     }
 
     #[test]
@@ -359,10 +309,7 @@ mod tests {
         let start = Instant::now();
         let mut elector = Elector::new("me".into(), TIMES);
         elector.observe(Some(record("other")), start);
-        let renewed = Record {
-            renewed: Some(Timestamp::UNIX_EPOCH),
-            ..record("other")
-        };
+        let renewed = Record { renewed: Some(Timestamp::UNIX_EPOCH), ..record("other") };
         elector.observe(Some(renewed.clone()), start + Duration::from_secs(14));
         elector.observe(Some(renewed), start + Duration::from_secs(28));
         assert_eq!(elector.next(start + Duration::from_secs(28), Timestamp::UNIX_EPOCH), Step::Wait);
@@ -375,10 +322,7 @@ mod tests {
         let mut elector = Elector::new("me".into(), TIMES);
         elector.wrote(record("me"), start, start + Duration::from_secs(4));
         assert_eq!(elector.held_until(), Some(start + TIMES.renew_deadline));
-        assert_eq!(
-            elector.release(Timestamp::UNIX_EPOCH).map(|record| record.holder),
-            Some(String::new())
-        );
+        assert_eq!(elector.release(Timestamp::UNIX_EPOCH).map(|record| record.holder), Some(String::new()));
         elector.observe(Some(record("other")), start + Duration::from_secs(5));
         assert_eq!(elector.held_until(), None);
         assert_eq!(elector.release(Timestamp::UNIX_EPOCH), None);
@@ -403,11 +347,7 @@ mod tests {
 
     impl World {
         fn new(seed: u64) -> Self {
-            let replica = |name: &str| Replica {
-                elector: Elector::new(name.into(), TIMES),
-                base: None,
-                writing: None,
-            };
+            let replica = |name: &str| Replica { elector: Elector::new(name.into(), TIMES), base: None, writing: None };
             Self {
                 random: StdRng::seed_from_u64(seed),
                 start: Instant::now(),
@@ -456,10 +396,7 @@ mod tests {
 
         fn leaders(&self) -> usize {
             let now = self.start + self.now;
-            self.replicas
-                .iter()
-                .filter(|replica| replica.elector.held_until().is_some_and(|until| now < until))
-                .count()
+            self.replicas.iter().filter(|replica| replica.elector.held_until().is_some_and(|until| now < until)).count()
         }
     }
 

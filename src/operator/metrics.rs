@@ -127,55 +127,23 @@ impl Metrics {
     fn register(&self, release: &str) -> Registry {
         let mut all = Registry::with_prefix("sluice_operator");
         all.register("reconcile", "Reconciles by outcome and class of error", self.reconciles.clone());
-        all.register(
-            "reconcile_duration_seconds",
-            "Time a reconcile took",
-            self.reconcile_seconds.clone(),
-        );
+        all.register("reconcile_duration_seconds", "Time a reconcile took", self.reconcile_seconds.clone());
         all.register("inflight", "Reconciles that run now", self.inflight.clone());
         all.register("watch_errors", "Failures of watches", self.watch_errors.clone());
-        all.register(
-            "watch_last_event_timestamp_seconds",
-            "When a watch last heard from the API server",
-            self.watch_last_event.clone(),
-        );
-        all.register(
-            "undecodable_objects",
-            "Objects of a watch that could not be decoded and were left out",
-            self.undecodable.clone(),
-        );
-        all.register(
-            "api_requests",
-            "Requests to the API server; code 0: no answer",
-            self.api_requests.clone(),
-        );
+        all.register("watch_last_event_timestamp_seconds", "When a watch last heard from the API server", self.watch_last_event.clone());
+        all.register("undecodable_objects", "Objects of a watch that could not be decoded and were left out", self.undecodable.clone());
+        all.register("api_requests", "Requests to the API server; code 0: no answer", self.api_requests.clone());
         all.register("status_writes", "Writes of a status", self.status_writes.clone());
         all.register("apply", "Server-side applies of children by result", self.applies.clone());
         all.register("events", "Events by result", self.events.clone());
-        all.register("leader", "1 while this process holds the lease", self.leader.clone());
-        all.register(
-            "lease_renew_failures",
-            "Attempts to renew the lease that failed",
-            self.lease_failures.clone(),
-        );
+        all.register("leader", "Whether this process holds the lease", self.leader.clone());
+        all.register("lease_renew_failures", "Attempts to renew the lease that failed", self.lease_failures.clone());
         all.register("poll", "Polls of workers by result", self.polls.clone());
         all.register("poll_duration_seconds", "Time a poll of a worker took", self.poll_seconds.clone());
-        all.register(
-            "workers",
-            "Workers by phase; Unreachable: the last poll failed",
-            self.workers.clone(),
-        );
+        all.register("workers", "Workers by phase; Unreachable: the last poll failed", self.workers.clone());
         all.register("resources", "Resources by readiness", self.resources.clone());
-        all.register(
-            "orphaned_slots",
-            "Replication slots that deleted Mirrors left on their sources",
-            self.orphaned_slots.clone(),
-        );
-        all.register(
-            "missing_permissions",
-            "Rules that the operator's role lacks; the log names them",
-            self.missing_permissions.clone(),
-        );
+        all.register("orphaned_slots", "Replication slots that deleted Mirrors left on their sources", self.orphaned_slots.clone());
+        all.register("missing_permissions", "Rules that the operator's role lacks; the log names them", self.missing_permissions.clone());
         all.register("build", "The operator's release", Info::new([("release", release.to_owned())]));
         all
     }
@@ -197,16 +165,8 @@ impl Metrics {
 
     /// One reconcile has ended. `outcome` is `success`, `failure`, `timeout` or `panic`; `class` is empty on success.
     pub fn reconcile_ended(&self, controller: &'static str, outcome: &'static str, class: &'static str, took: Duration) {
-        self.reconciles
-            .get_or_create(&Reconciled {
-                controller,
-                outcome,
-                class,
-            })
-            .inc();
-        self.reconcile_seconds
-            .get_or_create(&Controller { controller })
-            .observe(took.as_secs_f64());
+        self.reconciles.get_or_create(&Reconciled { controller, outcome, class }).inc();
+        self.reconcile_seconds.get_or_create(&Controller { controller }).observe(took.as_secs_f64());
         self.inflight.get_or_create(&Controller { controller }).dec();
     }
 
@@ -218,9 +178,7 @@ impl Metrics {
     /// A watch of `kind` heard from the API server now.
     pub fn watch_heard(&self, kind: &str) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.watch_last_event
-            .get_or_create(&Kind { kind: kind.into() })
-            .set(now.as_secs_f64());
+        self.watch_last_event.get_or_create(&Kind { kind: kind.into() }).set(now.as_secs_f64());
     }
 
     /// An object of `kind` could not be decoded.
@@ -230,13 +188,7 @@ impl Metrics {
 
     /// A request to the API server ended; `code` 0 when there was no answer.
     pub fn api_request(&self, verb: &'static str, resource: &str, code: u16) {
-        self.api_requests
-            .get_or_create(&ApiRequest {
-                verb,
-                resource: resource.into(),
-                code,
-            })
-            .inc();
+        self.api_requests.get_or_create(&ApiRequest { verb, resource: resource.into(), code }).inc();
     }
 
     /// A status of `kind` was written.
@@ -281,9 +233,7 @@ impl Metrics {
     /// Number of resources of `kind` that are ready, and that are not.
     pub fn set_resources(&self, kind: &'static str, ready: usize, not_ready: usize) {
         self.resources.get_or_create(&KindReady { kind, ready: "true" }).set(gauge(ready));
-        self.resources
-            .get_or_create(&KindReady { kind, ready: "false" })
-            .set(gauge(not_ready));
+        self.resources.get_or_create(&KindReady { kind, ready: "false" }).set(gauge(not_ready));
     }
 
     /// Number of rules that the operator's role lacks.

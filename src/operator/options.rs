@@ -74,19 +74,10 @@ pub enum LogFormat {
 impl Options {
     /// Namespaces to serve: one entry `None` for all, or each named once.
     pub fn scopes(&self) -> Vec<Option<String>> {
-        let mut named: Vec<_> = self
-            .watch_namespaces
-            .iter()
-            .map(|name| name.trim().to_owned())
-            .filter(|name| !name.is_empty())
-            .collect();
+        let mut named: Vec<_> = self.watch_namespaces.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
         named.sort();
         named.dedup();
-        if named.is_empty() {
-            vec![None]
-        } else {
-            named.into_iter().map(Some).collect()
-        }
+        if named.is_empty() { vec![None] } else { named.into_iter().map(Some).collect() }
     }
 }
 
@@ -102,12 +93,7 @@ mod tests {
 
     #[test]
     fn flags_of_the_chart_are_understood() {
-        let options = parse(&[
-            "--watch-namespaces=a,b,a",
-            "--leader-election=false",
-            "--protect-secrets=true",
-            "--listen=[::]:8080",
-        ]);
+        let options = parse(&["--watch-namespaces=a,b,a", "--leader-election=false", "--protect-secrets=true", "--listen=[::]:8080"]);
         assert_eq!(options.scopes(), [Some("a".to_owned()), Some("b".to_owned())]);
         assert!(!options.leader_election && options.protect_secrets);
     }

@@ -3,7 +3,7 @@
 //! The table is the same as the rules of `charts/sluice/templates/_helpers.tpl` and `rbac.yaml`.
 
 use super::options::Options;
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::api::PostParams;
 use kube::{Api, Client};
@@ -28,9 +28,7 @@ struct Right {
 fn needed(options: &Options) -> Vec<Right> {
     let mut rights = Vec::new();
     let mut add = |namespace: Option<&str>, group, resource: &'static str, name: Option<&str>, verbs: &[&'static str]| {
-        let (resource, subresource) = resource
-            .split_once('/')
-            .map_or((resource, None), |(resource, sub)| (resource, Some(sub)));
+        let (resource, subresource) = resource.split_once('/').map_or((resource, None), |(resource, sub)| (resource, Some(sub)));
         rights.extend(verbs.iter().map(|verb| Right {
             namespace: namespace.map(str::to_owned),
             group,
@@ -48,36 +46,12 @@ fn needed(options: &Options) -> Vec<Right> {
         for status in ["sources/status", "targets/status", "mirrors/status"] {
             add(scope, "sluice.dev", status, None, &["patch"]);
         }
-        add(
-            scope,
-            "",
-            "secrets",
-            None,
-            if options.protect_secrets { &["get", "patch"] } else { &["get"] },
-        );
-        add(
-            scope,
-            "",
-            "configmaps",
-            None,
-            &["get", "list", "watch", "create", "patch", "delete"],
-        );
-        add(
-            scope,
-            "apps",
-            "deployments",
-            None,
-            &["get", "list", "watch", "create", "patch", "delete"],
-        );
+        add(scope, "", "secrets", None, if options.protect_secrets { &["get", "patch"] } else { &["get"] });
+        add(scope, "", "configmaps", None, &["get", "list", "watch", "create", "patch", "delete"]);
+        add(scope, "apps", "deployments", None, &["get", "list", "watch", "create", "patch", "delete"]);
         add(scope, "", "pods", None, &["get", "list", "watch", "patch", "delete"]);
         if options.worker_network_policies {
-            add(
-                scope,
-                "networking.k8s.io",
-                "networkpolicies",
-                None,
-                &["get", "create", "patch", "delete"],
-            );
+            add(scope, "networking.k8s.io", "networkpolicies", None, &["get", "create", "patch", "delete"]);
         }
         add(scope, "events.k8s.io", "events", None, &["create", "patch"]);
     }
@@ -89,13 +63,7 @@ fn needed(options: &Options) -> Vec<Right> {
     add(own, "", "secrets", None, &["create"]);
     add(own, "", "secrets", Some(&options.signing_key_secret), &["get"]);
     add(own, "events.k8s.io", "events", None, &["create", "patch"]);
-    add(
-        None,
-        "admissionregistration.k8s.io",
-        "validatingadmissionpolicies",
-        Some(&options.deletion_policy_name),
-        &["get"],
-    );
+    add(None, "admissionregistration.k8s.io", "validatingadmissionpolicies", Some(&options.deletion_policy_name), &["get"]);
     rights
 }
 
@@ -105,18 +73,17 @@ fn needed(options: &Options) -> Vec<Right> {
 /// When the API server does not answer.
 pub async fn missing(client: &Client, options: &Options) -> kube::Result<Vec<String>> {
     let api = Api::<SelfSubjectAccessReview>::all(client.clone());
-    let answers: Vec<kube::Result<(Right, bool)>> = stream::iter(needed(options))
+    let answers: Vec<(Right, bool)> = stream::iter(needed(options))
         .map(|right| {
             let api = api.clone();
             async move {
                 let review = api.create(&PostParams::default(), &question(&right)).await?;
-                Ok((right, review.status.is_some_and(|status| status.allowed)))
+                Ok::<_, kube::Error>((right, review.status.is_some_and(|status| status.allowed)))
             }
         })
         .buffered(PARALLEL)
-        .collect()
-        .await;
-    let answers = answers.into_iter().collect::<kube::Result<Vec<_>>>()?;
+        .try_collect()
+        .await?;
     Ok(rules(answers.into_iter().filter(|(_, allowed)| !allowed).map(|(right, _)| right)))
 }
 
@@ -148,12 +115,8 @@ fn rules(missing: impl Iterator<Item = Right>) -> Vec<String> {
     verbs
         .into_iter()
         .map(|(right, verbs)| {
-            let place = right
-                .namespace
-                .map_or_else(|| "cluster-wide".to_owned(), |namespace| format!("in namespace {namespace}"));
-            let resource = right
-                .subresource
-                .map_or_else(|| right.resource.to_owned(), |sub| format!("{}/{sub}", right.resource));
+            let place = right.namespace.map_or_else(|| "cluster-wide".to_owned(), |namespace| format!("in namespace {namespace}"));
+            let resource = right.subresource.map_or_else(|| right.resource.to_owned(), |sub| format!("{}/{sub}", right.resource));
             let name = right.name.map_or_else(String::new, |name| format!(", resourceNames: [\"{name}\"]"));
             format!(
                 "{{apiGroups: [\"{}\"], resources: [\"{resource}\"]{name}, verbs: [\"{}\"]}} {place}",

@@ -122,14 +122,7 @@ pub struct PollerHandle {
 impl Default for PollerHandle {
     fn default() -> Self {
         let (wake, woken) = mpsc::channel(QUEUE);
-        Self {
-            state: Arc::new(State {
-                workers: Mutex::default(),
-                changed: Notify::new(),
-                wake,
-                woken: Mutex::new(Some(woken)),
-            }),
-        }
+        Self { state: Arc::new(State { workers: Mutex::default(), changed: Notify::new(), wake, woken: Mutex::new(Some(woken)) }) }
     }
 }
 
@@ -142,21 +135,8 @@ impl PollerHandle {
             return;
         }
         let told = workers.remove(uid).and_then(|worker| worker.told);
-        let polled = Polled {
-            status: None,
-            failure: None,
-        };
-        workers.insert(
-            uid.to_owned(),
-            Worker {
-                mirror,
-                address: address.to_owned(),
-                due: Instant::now(),
-                in_flight: false,
-                polled,
-                told,
-            },
-        );
+        let polled = Polled { status: None, failure: None };
+        workers.insert(uid.to_owned(), Worker { mirror, address: address.to_owned(), due: Instant::now(), in_flight: false, polled, told });
         drop(workers);
         self.state.changed.notify_one();
     }
@@ -176,10 +156,7 @@ impl PollerHandle {
 
     /// What is known of the worker; `None` before its first poll has ended.
     pub fn latest(&self, uid: &str) -> Option<Polled> {
-        self.workers()
-            .get(uid)
-            .map(|worker| worker.polled.clone())
-            .filter(|polled| polled.status.is_some() || polled.failure.is_some())
+        self.workers().get(uid).map(|worker| worker.polled.clone()).filter(|polled| polled.status.is_some() || polled.failure.is_some())
     }
 
     /// Mirrors to wake, for `Controller::reconcile_on`. One taker; a second gets a stream that stays empty.
@@ -225,32 +202,16 @@ impl PollerHandle {
         };
         worker.in_flight = false;
         match answer {
-            Ok(status) => {
-                worker.polled = Polled {
-                    status: Some((Arc::new(status), now)),
-                    failure: None,
-                }
-            }
+            Ok(status) => worker.polled = Polled { status: Some((Arc::new(status), now)), failure: None },
             Err(error) => {
-                let (before, since) = worker
-                    .polled
-                    .failure
-                    .as_ref()
-                    .map_or((0, now), |failure| (failure.count, failure.since));
-                worker.polled.failure = Some(PollFailure {
-                    error,
-                    count: before.saturating_add(1),
-                    since,
-                });
+                let (before, since) = worker.polled.failure.as_ref().map_or((0, now), |failure| (failure.count, failure.since));
+                worker.polled.failure = Some(PollFailure { error, count: before.saturating_add(1), since });
             }
         }
         worker.due = now + interval(&worker.polled, count, rand::rng().random());
         let (key, numbers) = digest(&worker.polled);
         let Some(key) = key else { return };
-        let told = worker
-            .told
-            .as_ref()
-            .map(|(key, numbers, at)| (key, numbers, now.duration_since(*at)));
+        let told = worker.told.as_ref().map(|(key, numbers, at)| (key, numbers, now.duration_since(*at)));
         if decide(told, &key, &numbers, count) == Wake::No {
             return;
         }
@@ -263,10 +224,7 @@ impl PollerHandle {
     fn phases(&self) -> Vec<(String, usize)> {
         let mut counts = BTreeMap::<String, usize>::new();
         for worker in self.workers().values() {
-            let phase = worker
-                .polled
-                .current()
-                .map_or_else(|| "Unreachable".to_owned(), |status| format!("{:?}", status.phase));
+            let phase = worker.polled.current().map_or_else(|| "Unreachable".to_owned(), |status| format!("{:?}", status.phase));
             *counts.entry(phase).or_default() += 1;
         }
         counts.into_iter().collect()
@@ -306,21 +264,11 @@ fn decide(told: Option<(&Key, &Numbers, Duration)>, key: &Key, numbers: &Numbers
     if last_key != key {
         return Wake::Transition;
     }
-    let copying = matches!(
-        key,
-        Key::Answers {
-            phase: Phase::Copying | Phase::CatchingUp,
-            ..
-        }
-    );
+    let copying = matches!(key, Key::Answers { phase: Phase::Copying | Phase::CatchingUp, .. });
     let pace = Duration::from_secs(if copying { 10 } else { 60 });
     #[allow(clippy::cast_precision_loss)] // far below 2^52 workers
     let fair = Duration::from_secs_f64(count as f64 / PROGRESS_PER_SECOND);
-    if last_numbers != numbers && ago >= pace.max(fair) {
-        Wake::Progress
-    } else {
-        Wake::No
-    }
+    if last_numbers != numbers && ago >= pace.max(fair) { Wake::Progress } else { Wake::No }
 }
 
 /// Time to the next poll, ± 20 % so that workers spread; `random` lies in `0.0..1.0`.
@@ -329,10 +277,7 @@ fn interval(polled: &Polled, count: usize, random: f64) -> Duration {
         // An unreachable worker is asked often at first; its pod's events wake the Mirror anyway.
         (Some(failure), _) => failure.count <= 10,
         (None, Some((status, _))) => {
-            matches!(
-                status.phase,
-                Phase::Starting | Phase::SettingUp | Phase::Copying | Phase::CatchingUp | Phase::Retrying
-            )
+            matches!(status.phase, Phase::Starting | Phase::SettingUp | Phase::Copying | Phase::CatchingUp | Phase::Retrying)
         }
         (None, None) => true,
     };
@@ -391,10 +336,7 @@ mod tests {
     }
 
     fn answered(status: Status) -> Polled {
-        Polled {
-            status: Some((Arc::new(status), Instant::now())),
-            failure: None,
-        }
+        Polled { status: Some((Arc::new(status), Instant::now())), failure: None }
     }
 
     fn key(status: Status) -> Key {
@@ -404,11 +346,7 @@ mod tests {
     fn failed(count: u32) -> Polled {
         Polled {
             status: Some((Arc::new(status(Phase::Streaming)), Instant::now())),
-            failure: Some(PollFailure {
-                error: WorkerError::Unauthorized,
-                count,
-                since: Instant::now(),
-            }),
+            failure: Some(PollFailure { error: WorkerError::Unauthorized, count, since: Instant::now() }),
         }
     }
 
@@ -428,7 +366,7 @@ mod tests {
                     message: String::new(),
                     count: 1,
                     retry_in_seconds: None,
-                })
+                });
             },
             |status| status.epoch = 2,
             |status| status.generation = 2,
@@ -453,23 +391,14 @@ mod tests {
                 count,
                 retry_in_seconds: None,
             };
-            key(Status {
-                error: Some(failure),
-                ..status(Phase::Retrying)
-            })
+            key(Status { error: Some(failure), ..status(Phase::Retrying) })
         };
         assert_eq!(with(1), with(9));
     }
 
     #[test]
     fn progress_is_throttled_by_phase_and_by_number() {
-        let (old, new) = (
-            Numbers::default(),
-            Numbers {
-                rows_copied: 7,
-                ..Numbers::default()
-            },
-        );
+        let (old, new) = (Numbers::default(), Numbers { rows_copied: 7, ..Numbers::default() });
         let at = |phase, seconds, count| {
             let same = key(status(phase));
             decide(Some((&same, &old, Duration::from_secs(seconds))), &same, &new, count)
@@ -481,11 +410,7 @@ mod tests {
         assert_eq!(at(Phase::Streaming, 499, 10_000), Wake::No);
         assert_eq!(at(Phase::Streaming, 500, 10_000), Wake::Progress);
         let same = key(status(Phase::Streaming));
-        assert_eq!(
-            decide(Some((&same, &old, Duration::from_secs(9_999))), &same, &old, 1),
-            Wake::No,
-            "nothing moved"
-        );
+        assert_eq!(decide(Some((&same, &old, Duration::from_secs(9_999))), &same, &old, 1), Wake::No, "nothing moved");
     }
 
     #[test]
@@ -513,11 +438,7 @@ mod tests {
     fn a_full_queue_loses_no_transition() {
         let handle = PollerHandle::default();
         for number in 0..=QUEUE {
-            handle.register(
-                ObjectRef::new(&format!("m{number}")).within("n"),
-                &format!("u{number}"),
-                "1.2.3.4:1",
-            );
+            handle.register(ObjectRef::new(&format!("m{number}")).within("n"), &format!("u{number}"), "1.2.3.4:1");
             handle.settle(&format!("u{number}"), "1.2.3.4:1", Ok(status(Phase::Copying)));
         }
         let untold = |handle: &PollerHandle| handle.workers().values().filter(|worker| worker.told.is_none()).count();

@@ -2,6 +2,7 @@
 //!
 //! Invariant: whatever one object does to its reconcile, the others go on.
 
+use super::backoff::spread;
 use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use super::shutdown::Shutdown;
@@ -9,7 +10,6 @@ use futures::{FutureExt as _, StreamExt as _};
 use kube::runtime::controller::{self, Action, Controller};
 use kube::runtime::reflector::Lookup;
 use kube::{Resource, ResourceExt as _};
-use rand::RngExt as _;
 use serde::de::DeserializeOwned;
 use std::convert::Infallible;
 use std::fmt::Debug;
@@ -67,12 +67,7 @@ where
     Fut: Future<Output = Result<Action>> + Send + 'static,
 {
     let key = object.meta().uid.clone().unwrap_or_else(|| object.name_any());
-    let span = info_span!(
-        "reconcile",
-        controller,
-        namespace = object.meta().namespace.as_deref(),
-        name = object.name_any()
-    );
+    let span = info_span!("reconcile", controller, namespace = object.meta().namespace.as_deref(), name = object.name_any());
     async {
         let begin = Instant::now();
         ctx.metrics.reconcile_started(controller);
@@ -103,10 +98,7 @@ async fn bounded(limit: Duration, pass: impl Future<Output = Result<Action>>) ->
         Ok(Ok(Ok(action))) => ("success", Ok(action)),
         Ok(Ok(Err(error))) => ("failure", Err(error)),
         Ok(Err(panic)) => {
-            let said = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied());
+            let said = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
             (
                 "panic",
                 Err(OperatorError::new(
@@ -123,27 +115,15 @@ async fn bounded(limit: Duration, pass: impl Future<Output = Result<Action>>) ->
 fn log(failure: &OperatorError, delay: Duration) {
     let seconds = delay.as_secs();
     if failure.class == ErrorClass::Bug {
-        error!(
-            reason = failure.reason,
-            message = failure.message,
-            class = failure.class.as_str(),
-            retry_in_seconds = seconds,
-            "failed"
-        );
+        error!(reason = failure.reason, message = failure.message, class = failure.class.as_str(), retry_in_seconds = seconds, "failed");
     } else {
-        warn!(
-            reason = failure.reason,
-            message = failure.message,
-            class = failure.class.as_str(),
-            retry_in_seconds = seconds,
-            "failed"
-        );
+        warn!(reason = failure.reason, message = failure.message, class = failure.class.as_str(), retry_in_seconds = seconds, "failed");
     }
 }
 
 /// `duration` ± 20 %, so that objects which settled together do not come back together.
 pub fn requeue(duration: Duration) -> Action {
-    Action::requeue(duration.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>()))
+    Action::requeue(spread(duration))
 }
 
 /// Keeps `sluice_operator_resources` up to date from the cache until `shutdown`; `ready` judges one object.

@@ -1,5 +1,6 @@
 //! From the first second to the last: probes, client, kinds, keys, lease, controllers, drain.
 
+use super::backoff::spread;
 use super::context::Context;
 use super::error::{OperatorError, chain};
 use super::health::{self, Health};
@@ -9,7 +10,6 @@ use super::options::Options;
 use super::shutdown::{DRAIN, Shutdown, on_signals};
 use super::{client, permissions, poller, signing, telemetry};
 use kube::{Client, Config};
-use rand::RngExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -65,16 +65,8 @@ pub async fn run(options: Options) -> Result<(), RunError> {
     telemetry::init(&options)?;
     let shutdown = Shutdown::new();
     on_signals(shutdown.clone()).map_err(RunError::Signals)?;
-    let listener = TcpListener::bind(options.listen)
-        .await
-        .map_err(|error| RunError::Listen(options.listen, error))?;
-    let runtime = Runtime {
-        options,
-        times: Times::default(),
-        listener,
-        shutdown,
-        controllers,
-    };
+    let listener = TcpListener::bind(options.listen).await.map_err(|error| RunError::Listen(options.listen, error))?;
+    let runtime = Runtime { options, times: Times::default(), listener, shutdown, controllers };
     runtime.run(Config::infer).await
 }
 
@@ -155,9 +147,7 @@ async fn work(
     let drained = async {
         while let Some(ended) = tasks.join_next().await {
             if !shutdown.is_cancelled() {
-                return Err(RunError::TaskEnded(
-                    ended.err().map_or_else(|| "without an error".to_owned(), |error| error.to_string()),
-                ));
+                return Err(RunError::TaskEnded(ended.err().map_or_else(|| "without an error".to_owned(), |error| error.to_string())));
             }
         }
         Ok(())
@@ -186,10 +176,7 @@ async fn prepare(client: &Client, options: &Options, health: &Health) -> signing
         until_ok("looking for our kinds", || established(client)).await;
     }
     let _waiting = health.wait_for("the key that signs calls to workers");
-    until_ok("reading the signing key", || {
-        signing::load_or_create(client, &options.namespace, &options.signing_key_secret)
-    })
-    .await
+    until_ok("reading the signing key", || signing::load_or_create(client, &options.namespace, &options.signing_key_secret)).await
 }
 
 async fn until_ok<T, Fut: Future<Output = super::Result<T>>>(what: &str, mut attempt: impl FnMut() -> Fut) -> T {
@@ -198,7 +185,7 @@ async fn until_ok<T, Fut: Future<Output = super::Result<T>>>(what: &str, mut att
             Ok(value) => return value,
             Err(failure) => warn!(reason = failure.reason, message = failure.message, "{what}; trying again"),
         }
-        tokio::time::sleep(RETRY.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())).await;
+        tokio::time::sleep(spread(RETRY)).await;
     }
 }
 
@@ -206,18 +193,12 @@ async fn until_ok<T, Fut: Future<Output = super::Result<T>>>(what: &str, mut att
 async fn established(client: &Client) -> super::Result<()> {
     let served = client.list_api_group_resources(GROUP_VERSION).await?.resources;
     let absent = |name: &str| !served.iter().any(|resource| resource.name == name);
-    let missing: Vec<_> = PLURALS
-        .iter()
-        .flat_map(|plural| [(*plural).to_owned(), format!("{plural}/status")])
-        .filter(|name| absent(name))
-        .collect();
+    let missing: Vec<_> =
+        PLURALS.iter().flat_map(|plural| [(*plural).to_owned(), format!("{plural}/status")]).filter(|name| absent(name)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let message = format!(
-        "not served by the API server: {}; install the CRDs (chart value crds.enabled)",
-        missing.join(", ")
-    );
+    let message = format!("not served by the API server: {}; install the CRDs (chart value crds.enabled)", missing.join(", "));
     Err(OperatorError::new(super::ErrorClass::Missing, "DefinitionsMissing", message))
 }
 

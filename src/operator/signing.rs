@@ -27,10 +27,7 @@ pub struct SigningKeys {
 impl SigningKeys {
     /// Keys that live in this process only.
     pub fn new(current: SigningKey, next: Option<SigningKey>) -> Self {
-        Self {
-            current: Arc::new(current),
-            next: next.map(Arc::new),
-        }
+        Self { current: Arc::new(current), next: next.map(Arc::new) }
     }
 
     /// A token for one call with this body to the worker of the Mirror with this uid.
@@ -43,10 +40,7 @@ impl SigningKeys {
 
     /// For the desired document: the current key, and the next while one is being rotated in.
     pub fn public_keys(&self) -> Vec<String> {
-        std::iter::once(&self.current)
-            .chain(&self.next)
-            .map(|key| key.public_key_base64())
-            .collect()
+        std::iter::once(&self.current).chain(&self.next).map(|key| key.public_key_base64()).collect()
     }
 }
 
@@ -86,20 +80,14 @@ fn new_secret(name: &str) -> Result<Secret> {
 fn read(name: &str, secret: &Secret) -> Result<SigningKeys> {
     let key = |key: &str| {
         let der = secret.data.as_ref().and_then(|data| data.get(key));
-        der.map(|der| SigningKey::from_pkcs8(&der.0))
-            .transpose()
-            .map_err(|error| unusable(name, &error))
+        der.map(|der| SigningKey::from_pkcs8(&der.0)).transpose().map_err(|error| unusable(name, &error))
     };
     let current = key(CURRENT)?.ok_or_else(|| unusable(name, &format!("key {CURRENT} is missing")))?;
     Ok(SigningKeys::new(current, key(NEXT)?))
 }
 
 fn unusable(name: &str, why: &dyn std::fmt::Display) -> OperatorError {
-    OperatorError::new(
-        ErrorClass::Invalid,
-        "SigningKeyUnusable",
-        format!("Secret {name}: {why}; delete it to have a new key made"),
-    )
+    OperatorError::new(ErrorClass::Invalid, "SigningKeyUnusable", format!("Secret {name}: {why}; delete it to have a new key made"))
 }
 
 #[cfg(test)]
@@ -109,14 +97,8 @@ mod tests {
     #[test]
     fn a_secret_without_a_usable_key_is_refused_with_the_cure() {
         let error = read("keys", &Secret::default()).expect_err("no key");
-        assert!(
-            error.message.contains("Secret keys") && error.message.contains("delete it"),
-            "{error}"
-        );
-        let nonsense = Secret {
-            data: Some([(CURRENT.to_owned(), ByteString(b"x".to_vec()))].into()),
-            ..Secret::default()
-        };
+        assert!(error.message.contains("Secret keys") && error.message.contains("delete it"), "{error}");
+        let nonsense = Secret { data: Some([(CURRENT.to_owned(), ByteString(b"x".to_vec()))].into()), ..Secret::default() };
         assert_eq!(read("keys", &nonsense).expect_err("nonsense").reason, "SigningKeyUnusable");
     }
 
@@ -125,10 +107,7 @@ mod tests {
         let mut secret = new_secret("keys").expect("a secret");
         assert_eq!(read("keys", &secret).expect("keys").public_keys().len(), 1);
         let next = SigningKey::generate().expect("a key");
-        secret
-            .data
-            .get_or_insert_default()
-            .insert(NEXT.to_owned(), ByteString(next.to_pkcs8().to_vec()));
+        secret.data.get_or_insert_default().insert(NEXT.to_owned(), ByteString(next.to_pkcs8().to_vec()));
         let keys = read("keys", &secret).expect("keys").public_keys();
         assert_eq!(keys.get(1), Some(&next.public_key_base64()));
     }

@@ -63,14 +63,7 @@ pub struct Watched<K: Watchable> {
 impl Watches {
     /// `scopes` as [`super::options::Options::scopes`].
     pub fn new(client: Client, metrics: Metrics, health: Health, scopes: Vec<Option<String>>) -> Self {
-        Self {
-            client,
-            metrics,
-            health,
-            scopes,
-            timeout: TIMEOUT,
-            grace: GRACE,
-        }
+        Self { client, metrics, health, scopes, timeout: TIMEOUT, grace: GRACE }
     }
 
     /// Other times than the defaults: how long the server keeps a watch open (whole seconds), and what silence beyond that is allowed.
@@ -84,13 +77,13 @@ impl Watches {
     /// Watches `K` in the served namespaces. `config` chooses labels and fields; its timeout is replaced.
     pub fn watch<K: Watchable>(&self, config: &watcher::Config) -> Watched<K> {
         let (store, writer) = reflector::store();
-        let changes = self
-            .events::<K>(&config, store.clone())
-            .map(Ok)
-            .reflect(writer)
-            .touched_objects()
-            .boxed();
-        Watched { store, changes }
+        let mut filling = Some(self.health.wait_for(format!("the cache of {}", K::plural(&()))));
+        let changes = self.events::<K>(config, store.clone()).map(Ok).reflect(writer).inspect(move |event| {
+            if matches!(event, Ok(Event::InitDone)) {
+                filling.take();
+            }
+        });
+        Watched { store, changes: changes.touched_objects().boxed() }
     }
 
     fn events<K: Watchable>(&self, config: &watcher::Config, store: Store<K>) -> BoxStream<'static, Event<K>> {
@@ -103,20 +96,11 @@ impl Watches {
         // One cache can be filled by one watch only: its Init and InitDone concern everything in it.
         let mut join = Join::new(streams.len());
         let namespaces: Vec<_> = self.scopes.iter().cloned().map(Option::unwrap_or_default).collect();
-        let numbered = streams
-            .into_iter()
-            .enumerate()
-            .map(|(number, stream)| stream.map(move |event| (number, event)).boxed());
+        let numbered = streams.into_iter().enumerate().map(|(number, stream)| stream.map(move |event| (number, event)).boxed());
         select_all(numbered)
             .flat_map(move |(number, event)| {
                 let namespace = &namespaces[number];
-                let known = || {
-                    store
-                        .state()
-                        .into_iter()
-                        .filter(|object| object.namespace().as_deref() == Some(namespace))
-                        .collect()
-                };
+                let known = || store.state().into_iter().filter(|object| object.namespace().as_deref() == Some(namespace)).collect();
                 futures::stream::iter(join.take(number, event, known))
             })
             .boxed()
@@ -160,17 +144,8 @@ fn checked<K: Watchable>(
         }
         Err(invalid) => {
             metrics.object_undecodable(kind);
-            let (namespace, name) = (
-                invalid.metadata.namespace.unwrap_or_default(),
-                invalid.metadata.name.unwrap_or_default(),
-            );
-            error!(
-                kind,
-                namespace,
-                name,
-                error = invalid.error,
-                "an object cannot be decoded and is left out"
-            );
+            let (namespace, name) = (invalid.metadata.namespace.unwrap_or_default(), invalid.metadata.name.unwrap_or_default());
+            error!(kind, namespace, name, error = invalid.error, "an object cannot be decoded and is left out");
             None
         }
     };
@@ -294,10 +269,7 @@ pub struct Why {
 impl SlimPod {
     /// Whether the condition `Ready` is True.
     pub fn is_ready(&self) -> bool {
-        self.status
-            .conditions
-            .iter()
-            .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        self.status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
     }
 }
 
@@ -333,8 +305,7 @@ pub struct SlimDeploymentStatus {
 impl<K: Watchable> Watched<K> {
     /// The changes that `predicate` lets through.
     pub fn only(self, predicate: impl Predicate<K> + Send + 'static) -> impl Stream<Item = watcher::Result<K>> + Send + 'static {
-        self.changes
-            .predicate_filter(predicate, kube::runtime::utils::PredicateConfig::default())
+        self.changes.predicate_filter(predicate, kube::runtime::utils::PredicateConfig::default())
     }
 }
 
@@ -356,13 +327,7 @@ mod tests {
         assert!(pod.is_ready());
         assert_eq!(pod.status.pod_ip.as_deref(), Some("10.0.0.7"));
         let container = &pod.status.container_statuses[0];
-        assert_eq!(
-            (
-                container.restart_count,
-                container.last_state.terminated.as_ref().and_then(|why| why.exit_code)
-            ),
-            (3, Some(137))
-        );
+        assert_eq!((container.restart_count, container.last_state.terminated.as_ref().and_then(|why| why.exit_code)), (3, Some(137)));
         let deployment: SlimDeployment =
             serde_json::from_value(json!({"metadata": {"name": "d"}, "spec": {"replicas": 1}})).expect("a deployment");
         assert!(deployment.status.conditions.is_empty());
@@ -385,11 +350,7 @@ mod tests {
     fn pausing_and_deleting_are_changes_and_status_is_none() {
         let predicate = beyond_status::<SlimPod>();
         let base = SlimPod {
-            metadata: ObjectMeta {
-                generation: Some(1),
-                resource_version: Some("1".into()),
-                ..ObjectMeta::default()
-            },
+            metadata: ObjectMeta { generation: Some(1), resource_version: Some("1".into()), ..ObjectMeta::default() },
             ..SlimPod::default()
         };
         let with = |change: fn(&mut ObjectMeta)| {
@@ -400,18 +361,12 @@ mod tests {
         let before = predicate.hash_property(&base);
         assert_eq!(before, with(|meta| meta.resource_version = Some("2".into())));
         assert_ne!(before, with(|meta| meta.generation = Some(2)));
-        assert_ne!(
-            before,
-            with(|meta| meta.annotations = Some([("a".to_owned(), "b".to_owned())].into()))
-        );
+        assert_ne!(before, with(|meta| meta.annotations = Some([("a".to_owned(), "b".to_owned())].into())));
         assert_ne!(before, with(|meta| meta.finalizers = Some(vec!["f".into()])));
         assert_ne!(
             before,
-            with(
-                |meta| meta.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
-                    k8s_openapi::jiff::Timestamp::now()
-                ))
-            )
+            with(|meta| meta.deletion_timestamp =
+                Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(k8s_openapi::jiff::Timestamp::now())))
         );
     }
 }

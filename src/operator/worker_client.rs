@@ -97,11 +97,7 @@ impl WorkerClient {
             }
             let body = bounded(answer, STATUS_LIMIT).await?;
             let status: Status = serde_json::from_slice(&body).map_err(|error| WorkerError::BadAnswer(error.to_string()))?;
-            if supported(status.contract) {
-                Ok(status)
-            } else {
-                Err(WorkerError::Contract(status.contract))
-            }
+            if supported(status.contract) { Ok(status) } else { Err(WorkerError::Contract(status.contract)) }
         };
         in_time(STATUS_DEADLINE, address, call).await
     }
@@ -114,28 +110,18 @@ impl WorkerClient {
         let body = serde_json::to_vec(desired).map_err(|error| WorkerError::BadAnswer(error.to_string()))?;
         let call = async {
             let answer = self.send(Method::PUT, address, "/v1/desired", audience, body).await?;
-            if answer.status().is_success() {
-                Ok(())
-            } else {
-                Err(refusal(answer).await)
-            }
+            if answer.status().is_success() { Ok(()) } else { Err(refusal(answer).await) }
         };
         in_time(PUSH_DEADLINE, address, call).await
     }
 
     async fn send(&self, method: Method, address: &str, path: &str, audience: &str, body: Vec<u8>) -> Result<Response, WorkerError> {
-        let token = self
-            .keys
-            .sign(audience, &body)
-            .map_err(|error| WorkerError::BadAnswer(error.to_string()))?;
+        let token = self.keys.sign(audience, &body).map_err(|error| WorkerError::BadAnswer(error.to_string()))?;
         let mut request = self.http.request(method, format!("http://{address}{path}")).bearer_auth(token);
         if !body.is_empty() {
             request = request.header(header::CONTENT_TYPE, "application/json").body(body);
         }
-        request
-            .send()
-            .await
-            .map_err(|error| unreachable(address, super::error::chain(&error.without_url())))
+        request.send().await.map_err(|error| unreachable(address, super::error::chain(&error.without_url())))
     }
 }
 
@@ -152,10 +138,7 @@ async fn in_time<T>(deadline: Duration, address: &str, call: impl Future<Output 
 }
 
 fn unreachable(address: &str, why: String) -> WorkerError {
-    WorkerError::Unreachable {
-        address: address.to_owned(),
-        why,
-    }
+    WorkerError::Unreachable { address: address.to_owned(), why }
 }
 
 async fn refusal(answer: Response) -> WorkerError {
@@ -173,11 +156,7 @@ async fn refusal(answer: Response) -> WorkerError {
 
 async fn bounded(mut answer: Response, limit: usize) -> Result<Vec<u8>, WorkerError> {
     let mut body = Vec::new();
-    while let Some(piece) = answer
-        .chunk()
-        .await
-        .map_err(|error| WorkerError::BadAnswer(super::error::chain(&error.without_url())))?
-    {
+    while let Some(piece) = answer.chunk().await.map_err(|error| WorkerError::BadAnswer(super::error::chain(&error.without_url())))? {
         if body.len() + piece.len() > limit {
             return Err(WorkerError::BadAnswer(format!("longer than {limit} bytes")));
         }

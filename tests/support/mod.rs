@@ -1,6 +1,8 @@
 //! Real PostgreSQL servers for tests: each with its own folder and port, gone when dropped.
 #![allow(dead_code)] // each test target uses its part of it
 
+pub mod apiserver;
+
 use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
