@@ -216,8 +216,13 @@ fn mapped(table: u32) -> MappedTable {
         generated: None,
         collation: None,
     };
-    let version =
-        TableVersion { id: table, name: name(table), columns: vec![column("k", true), column("v", false)], identity: Identity::Key };
+    let version = TableVersion {
+        id: table,
+        name: name(table),
+        columns: vec![column("k", true), column("v", false)],
+        identity: Identity::Key,
+        differs: None,
+    };
     MappedTable {
         version: Arc::new(version),
         target: name(table),

@@ -21,6 +21,7 @@ install_sluice() {
   local repository=$1 tag=$2; shift 2
   helm upgrade --install sluice "$REPO/charts/sluice" -n "$SYSTEM_NAMESPACE" --create-namespace --wait --timeout 3m \
     --set "image.repository=$repository" --set "image.tag=$tag" --set image.pullPolicy=IfNotPresent "$@"
+  kubectl api-resources --cached=false >/dev/null         # kubectl would not know the category cdc for ten minutes
 }
 remove_crds() {
   local kind

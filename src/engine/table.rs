@@ -66,6 +66,8 @@ pub struct TableVersion {
     pub columns: Vec<Column>,
     /// How rows are named.
     pub identity: Identity,
+    /// How it differs from the version that is mapped; rows under such a version can be skipped but not written.
+    pub differs: Option<String>,
 }
 
 /// One mapped table: what the source has, where it goes, what it takes to make it there.

@@ -17,8 +17,6 @@ use tokio::net::TcpListener;
 
 /// Longest time between two beats of a living process.
 pub const HEARTBEAT: Duration = Duration::from_secs(60);
-/// What a watch may be silent beyond its own timeout.
-pub const GRACE: Duration = Duration::from_secs(60);
 
 /// State behind the probes. Cheap to clone.
 #[derive(Clone)]
@@ -85,13 +83,8 @@ impl Health {
         self.inner.beat.store(millis(self.inner.begin.elapsed()), Ordering::Relaxed);
     }
 
-    /// A watch that must be heard at least every `timeout` + [`GRACE`]. Dropping it ends the demand.
-    pub fn watch(&self, kind: &str, timeout: Duration) -> Arc<Watch> {
-        self.watch_with(kind, timeout + GRACE)
-    }
-
-    /// The same with the whole silence allowed.
-    pub fn watch_with(&self, kind: &str, silence: Duration) -> Arc<Watch> {
+    /// A watch that must be heard at least every `silence`. Dropping it ends the demand.
+    pub fn watch(&self, kind: &str, silence: Duration) -> Arc<Watch> {
         let watch = Arc::new(Watch { kind: kind.into(), begin: Instant::now(), heard: AtomicU64::new(0), silence });
         let mut watches = self.inner.watches.lock().unwrap_or_else(PoisonError::into_inner);
         watches.retain(|other| other.strong_count() > 0);
@@ -181,7 +174,7 @@ mod tests {
     #[test]
     fn a_silent_watch_is_noticed_until_it_is_heard_or_gone() {
         let health = Health::default();
-        let watch = health.watch_with("Pod", Duration::ZERO);
+        let watch = health.watch("Pod", Duration::ZERO);
         while health.not_alive().is_empty() {
             std::thread::yield_now();
         }

@@ -30,6 +30,8 @@ const MANY: usize = 3_000;
 const IN_FLIGHT: usize = 256;
 /// Failures in a row that make a transition: one lost answer is none.
 const FAILURES: u32 = 2;
+/// A poll that has not been settled by then is repeated; far above the deadline of a call.
+const LOST: Duration = Duration::from_secs(30);
 /// Wake-ups for progress, all Mirrors together.
 const PROGRESS_PER_SECOND: f64 = 20.0;
 /// Wake-ups that wait to be taken; what does not fit is sent at the next poll.
@@ -100,7 +102,8 @@ struct Worker {
     mirror: ObjectRef<Mirror>,
     address: String,
     due: Instant,
-    in_flight: bool,
+    /// When the last poll that was settled had begun.
+    settled: Option<Instant>,
     polled: Polled,
     /// What the Mirror was woken with last, and when.
     told: Option<(Key, Numbers, Instant)>,
@@ -136,7 +139,7 @@ impl PollerHandle {
         }
         let told = workers.remove(uid).and_then(|worker| worker.told);
         let polled = Polled { status: None, failure: None };
-        workers.insert(uid.to_owned(), Worker { mirror, address: address.to_owned(), due: Instant::now(), in_flight: false, polled, told });
+        workers.insert(uid.to_owned(), Worker { mirror, address: address.to_owned(), due: Instant::now(), settled: None, polled, told });
         drop(workers);
         self.state.changed.notify_one();
     }
@@ -179,28 +182,27 @@ impl PollerHandle {
     fn take_due(&self, room: usize) -> (Vec<(String, String)>, Option<Instant>) {
         let now = Instant::now();
         let mut taken = Vec::new();
-        let mut next = None;
-        for (uid, worker) in self.workers().iter_mut().filter(|(_, worker)| !worker.in_flight) {
+        let mut next: Option<Instant> = None;
+        for (uid, worker) in self.workers().iter_mut() {
             if worker.due <= now && taken.len() < room {
-                worker.in_flight = true;
+                worker.due = now + LOST;
                 taken.push((uid.clone(), worker.address.clone()));
-            } else {
-                next = Some(next.map_or(worker.due, |next: Instant| next.min(worker.due)));
             }
+            next = Some(next.map_or(worker.due, |next| next.min(worker.due)));
         }
         (taken, next)
     }
 
-    /// Notes an answer, wakes the Mirror if need be, and sets the time of the next poll.
-    fn settle(&self, uid: &str, address: &str, answer: Result<Status, WorkerError>) {
+    /// Notes the answer to a poll that began at `begun`, wakes the Mirror if need be, and sets the time of the next poll.
+    fn settle(&self, uid: &str, address: &str, begun: Instant, answer: Result<Status, WorkerError>) {
         let now = Instant::now();
         let mut workers = self.workers();
         let count = workers.len();
-        // The worker may have been taken out or moved meanwhile.
-        let Some(worker) = workers.get_mut(uid).filter(|worker| worker.address == address) else {
+        // The worker may have been taken out or moved meanwhile, or a later poll may have been answered first.
+        let Some(worker) = workers.get_mut(uid).filter(|worker| worker.address == address && worker.settled < Some(begun)) else {
             return;
         };
-        worker.in_flight = false;
+        worker.settled = Some(begun);
         match answer {
             Ok(status) => worker.polled = Polled { status: Some((Arc::new(status), now)), failure: None },
             Err(error) => {
@@ -299,9 +301,9 @@ pub async fn run(handle: PollerHandle, client: WorkerClient, metrics: Metrics, s
         for (uid, address) in due {
             let client = client.clone();
             polls.spawn(async move {
-                let begin = Instant::now();
+                let begun = Instant::now();
                 let answer = client.status(&address, &uid).await;
-                (uid, address, answer, begin.elapsed())
+                (uid, address, begun, answer)
             });
         }
         if counted.elapsed() >= Duration::from_secs(1) {
@@ -312,9 +314,9 @@ pub async fn run(handle: PollerHandle, client: WorkerClient, metrics: Metrics, s
         let wait = tokio::time::Instant::from_std(next.max(Instant::now() + Duration::from_millis(50)));
         tokio::select! {
             () = shutdown.cancelled() => return,
-            Some(Ok((uid, address, answer, took))) = polls.join_next() => {
-                metrics.polled(answer.as_ref().map_or_else(WorkerError::reason, |_| "ok"), took);
-                handle.settle(&uid, &address, answer);
+            Some(Ok((uid, address, begun, answer))) = polls.join_next() => {
+                metrics.polled(answer.as_ref().map_or_else(WorkerError::reason, |_| "ok"), begun.elapsed());
+                handle.settle(&uid, &address, begun, answer);
             }
             () = handle.state.changed.notified() => {}
             () = tokio::time::sleep_until(wait), if polls.len() < IN_FLIGHT => {}
@@ -439,13 +441,13 @@ mod tests {
         let handle = PollerHandle::default();
         for number in 0..=QUEUE {
             handle.register(ObjectRef::new(&format!("m{number}")).within("n"), &format!("u{number}"), "1.2.3.4:1");
-            handle.settle(&format!("u{number}"), "1.2.3.4:1", Ok(status(Phase::Copying)));
+            handle.settle(&format!("u{number}"), "1.2.3.4:1", Instant::now(), Ok(status(Phase::Copying)));
         }
         let untold = |handle: &PollerHandle| handle.workers().values().filter(|worker| worker.told.is_none()).count();
         assert_eq!(untold(&handle), 1);
         let mut woken = handle.state.woken.lock().expect("no panic").take().expect("not taken yet");
         assert!(woken.try_recv().is_ok());
-        handle.settle(&format!("u{QUEUE}"), "1.2.3.4:1", Ok(status(Phase::Copying)));
+        handle.settle(&format!("u{QUEUE}"), "1.2.3.4:1", Instant::now(), Ok(status(Phase::Copying)));
         assert_eq!(untold(&handle), 0);
     }
 
@@ -454,7 +456,30 @@ mod tests {
         let handle = PollerHandle::default();
         handle.register(ObjectRef::new("m").within("n"), "u", "1.2.3.4:1");
         handle.register(ObjectRef::new("m").within("n"), "u", "1.2.3.5:1");
-        handle.settle("u", "1.2.3.4:1", Ok(status(Phase::Streaming)));
+        handle.settle("u", "1.2.3.4:1", Instant::now(), Ok(status(Phase::Streaming)));
         assert!(handle.latest("u").is_none());
+    }
+
+    #[test]
+    fn an_answer_that_was_overtaken_is_dropped() {
+        let handle = PollerHandle::default();
+        handle.register(ObjectRef::new("m").within("n"), "u", "a");
+        let first = Instant::now();
+        let second = first + Duration::from_millis(1);
+        handle.settle("u", "a", second, Ok(status(Phase::Suspended)));
+        handle.settle("u", "a", first, Ok(status(Phase::Streaming)));
+        let phase = handle.latest("u").and_then(|polled| polled.current().map(|status| status.phase));
+        assert_eq!(phase, Some(Phase::Suspended));
+    }
+
+    #[test]
+    fn a_poll_under_way_is_not_begun_again_unless_asked_for() {
+        let handle = PollerHandle::default();
+        handle.register(ObjectRef::new("m").within("n"), "u", "a");
+        assert_eq!(handle.take_due(0).0.len(), 0, "no room");
+        assert_eq!(handle.take_due(1).0.len(), 1);
+        assert_eq!(handle.take_due(1).0.len(), 0, "under way");
+        handle.poll_soon("u");
+        assert_eq!(handle.take_due(1).0.len(), 1, "what was pushed meanwhile is seen by a poll of its own");
     }
 }

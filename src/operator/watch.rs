@@ -5,7 +5,7 @@
 //! object that cannot be decoded would stop the list it is in. Neither reaches a controller that is fed from here.
 
 use super::client::listening;
-use super::health::{GRACE, Health};
+use super::health::Health;
 use super::join::Join;
 use super::metrics::Metrics;
 use futures::stream::{BoxStream, select_all};
@@ -30,6 +30,8 @@ use tracing::{error, warn};
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// How long the API server keeps a watch open: kube's default.
 const TIMEOUT: Duration = Duration::from_secs(290);
+/// What a watch may be silent beyond that.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// A namespaced kind that can be watched.
 pub trait Watchable:
@@ -109,7 +111,7 @@ impl Watches {
     /// The events of one namespace, or of all, without errors and without what nobody reads.
     fn one<K: Watchable>(&self, namespace: Option<&str>, config: &watcher::Config) -> BoxStream<'static, Event<K>> {
         let kind = K::kind(&()).into_owned();
-        let watch = self.health.watch_with(&kind, self.timeout + self.grace);
+        let watch = self.health.watch(&kind, self.timeout + self.grace);
         let heard = {
             let (watch, metrics, kind) = (watch.clone(), self.metrics.clone(), kind.clone());
             Arc::new(move || {

@@ -142,7 +142,7 @@ impl PostgresApplier {
         if part.continues != self.part_is_open || (part.open && !joined.is_empty()) {
             return Err(Error::bug("a part does not continue where the one before has ended"));
         }
-        self.adopt_versions(&part.batch, due)?;
+        self.check_versions(&part.batch, due)?;
         let writers: Vec<Option<&TableWriter>> = part.batch.tables().iter().map(|version| self.writers.get(&version.id)).collect();
         let plan = coalesce::plan(&part.batch, &rules(&writers), |change, index| due(part.batch.table(change).id, index))?;
         let checkpoint = if part.open { None } else { Some(self.checkpoint_move(*part.end())?) };
@@ -189,20 +189,12 @@ impl PostgresApplier {
         Ok(CheckpointMove { from, to })
     }
 
-    /// Rows come under the versions that were prepared, or under ones with the same columns.
-    fn adopt_versions(&mut self, batch: &Batch, due: &(dyn Fn(u32, usize) -> bool + Send + Sync)) -> Result<()> {
+    /// Rows come under the versions that were prepared. Under another one they can be skipped, not written.
+    fn check_versions(&self, batch: &Batch, due: &(dyn Fn(u32, usize) -> bool + Send + Sync)) -> Result<()> {
         for (version, number) in batch.tables().iter().zip(0u32..) {
-            let Some(writer) = self.writers.get_mut(&version.id) else { continue };
-            if std::sync::Arc::ptr_eq(&writer.version, version) {
-                continue;
-            }
-            if writer.takes(version) {
-                writer.version = std::sync::Arc::clone(version);
-            } else if batch.changes().iter().enumerate().any(|(index, change)| change.table == number && due(version.id, index)) {
-                return Err(Error::stop(
-                    reason::SCHEMA_CHANGED,
-                    format!("table {} has other columns than those that are mirrored", version.name),
-                ));
+            let Some(difference) = &version.differs else { continue };
+            if batch.changes().iter().enumerate().any(|(index, change)| change.table == number && due(version.id, index)) {
+                return Err(Error::stop(reason::SCHEMA_CHANGED, format!("table {}: {difference}", version.name)));
             }
         }
         Ok(())

@@ -15,16 +15,9 @@ pub(super) mod schema;
 use super::lsn::Lsn;
 use super::target::failed;
 use crate::engine::error::{Class, Error, Result, reason};
-use crate::engine::roles::StreamKey;
+pub(super) use crate::engine::roles::Claim;
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use tokio_postgres::{Client, Statement};
-
-/// The right to write for a stream, until another claim raises the epoch.
-#[derive(Clone, Debug)]
-pub(super) struct Claim {
-    pub key: StreamKey,
-    pub epoch: i64,
-}
 
 /// What the checkpoint says of one table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ pub mod connect;
 pub mod ddl;
 pub mod endpoint;
 pub mod errors;
+pub mod forget;
 pub mod inspect;
 pub mod load;
 pub mod log;

@@ -129,14 +129,6 @@ impl TableWriter {
         })
     }
 
-    /// Whether rows written under another version fit: same columns in the same order, named by the same key.
-    pub fn takes(&self, version: &TableVersion) -> bool {
-        let layout = |version: &TableVersion| {
-            version.columns.iter().map(|column| (column.name.clone(), column.type_id, column.key)).collect::<Vec<_>>()
-        };
-        self.version.identity == version.identity && layout(&self.version) == layout(version)
-    }
-
     /// Quoted name.
     pub fn name(&self) -> &str {
         &self.name

@@ -68,9 +68,9 @@ impl Target for PostgresTarget {
             check_writable(&session).await?;
             session.batch_execute(WRITER_SETTINGS).await.map_err(failed("set up the session"))?;
             let mode = choose_mode(&session).await?;
-            let (claim, claimed) = claim::claim(&session, key, owner, held).await?;
+            let claimed = claim::claim(&session, key, owner, held).await?;
             let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
-            let applier = PostgresApplier::new(session, claim, mode, position).await?;
+            let applier = PostgresApplier::new(session, claimed.claim.clone(), mode, position).await?;
             Ok((claimed, applier))
         })
         .await
@@ -87,8 +87,7 @@ impl Target for PostgresTarget {
 
     async fn load(
         &self,
-        key: &StreamKey,
-        epoch: i64,
+        claim: &Claim,
         table: &MappedTable,
         generation: i64,
         range: &Range,
@@ -96,14 +95,12 @@ impl Target for PostgresTarget {
         rows: BulkStream,
     ) -> Result<u64> {
         let session = self.session("").await?;
-        let claim = Claim { key: key.clone(), epoch };
-        load::load(&session, &claim, table, generation, range, format, rows).await
+        load::load(&session, claim, table, generation, range, format, rows).await
     }
 
-    async fn finish(&self, key: &StreamKey, epoch: i64, table: &MappedTable) -> Result<()> {
+    async fn finish(&self, claim: &Claim, table: &MappedTable) -> Result<()> {
         let session = self.session("").await?;
-        let claim = Claim { key: key.clone(), epoch };
-        load::finish(&session, &claim, table).await
+        load::finish(&session, claim, table).await
     }
 }
 

@@ -37,6 +37,7 @@ fn table(id: u32, columns: usize) -> Arc<TableVersion> {
         name: QualifiedName::new("public", format!("t{id}")),
         columns: (0..columns).map(column).collect(),
         identity: Identity::Key,
+        differs: None,
     })
 }
 

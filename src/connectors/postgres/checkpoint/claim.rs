@@ -63,7 +63,7 @@ pub(in super::super) fn loader_name(key: &StreamKey) -> String {
 
 /// Ends the old claim's backends, then raises the epoch and reads the checkpoint in one transaction, which is durable
 /// when this returns (and with it all that it has read, since the log is flushed in order).
-pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claim, Claimed<Lsn>)> {
+pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<Claimed<Lsn>> {
     super::schema::ensure(client).await?;
     for _ in 0..TRIES {
         let seen = read_stream(client, key).await?;
@@ -106,13 +106,7 @@ async fn end_backends(client: &Client, key: &StreamKey) {
 }
 
 /// `None` when somebody else has claimed since `seen_epoch` was read.
-async fn raise_epoch(
-    client: &Client,
-    key: &StreamKey,
-    owner: &Owner,
-    held: Option<i64>,
-    seen_epoch: i64,
-) -> Result<Option<(Claim, Claimed<Lsn>)>> {
+async fn raise_epoch(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>, seen_epoch: i64) -> Result<Option<Claimed<Lsn>>> {
     client
         .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'")
         .await
@@ -131,7 +125,7 @@ async fn raise_epoch_inside(
     owner: &Owner,
     held: Option<i64>,
     seen_epoch: i64,
-) -> Result<Option<(Claim, Claimed<Lsn>)>> {
+) -> Result<Option<Claimed<Lsn>>> {
     client
         .execute(
             "INSERT INTO _sluice.streams (system_identifier, database, slot, mirror_namespace, mirror_name, mirror_uid)
@@ -171,7 +165,7 @@ async fn raise_epoch_inside(
         }),
     };
     let claim = Claim { key: key.clone(), epoch };
-    Ok(Some((claim, Claimed { epoch, checkpoint, log_intended: stream.log_intended })))
+    Ok(Some(Claimed { claim, checkpoint, log_intended: stream.log_intended }))
 }
 
 async fn read_tables(client: &Client, key: &StreamKey) -> Result<HashMap<QualifiedName, TableCheckpoint<Lsn>>> {

@@ -155,7 +155,7 @@ mod tests {
     fn check(columns: Vec<Column>, generated: Vec<Column>, present: Vec<TargetColumn>) -> Result<()> {
         let name = QualifiedName::new("public", "t");
         let table = MappedTable {
-            version: Arc::new(TableVersion { id: 1, name: name.clone(), columns, identity: Identity::Key }),
+            version: Arc::new(TableVersion { id: 1, name: name.clone(), columns, identity: Identity::Key, differs: None }),
             target: name,
             generated,
             excluded: vec![],

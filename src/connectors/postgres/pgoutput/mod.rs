@@ -87,16 +87,7 @@ impl Decoder {
 
     fn relation(&mut self, body: &mut Cursor<'_>) -> Result<Message> {
         let announced = relation::Announced::read(body)?;
-        let relation = match self.mapped.get(&announced.id) {
-            Some(version) => {
-                announced.compare(version)?;
-                Relation::Mapped(Arc::clone(version))
-            }
-            None => {
-                announced.refuse_replacement(self.mapped.values())?;
-                Relation::Foreign
-            }
-        };
+        let relation = announced.version(&self.mapped).map_or(Relation::Foreign, Relation::Mapped);
         self.relations.insert(announced.id, relation);
         Ok(Message::Other)
     }

@@ -1,8 +1,9 @@
 //! The relation message: what a table looks like from here on, compared with what it looked like at set-up.
 
 use super::Cursor;
-use crate::engine::error::{Error, Result, reason};
-use crate::engine::table::{Identity, TableVersion};
+use crate::engine::error::Result;
+use crate::engine::table::{Column, Identity, QualifiedName, TableVersion};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The flag of a column that belongs to the replica identity.
@@ -42,16 +43,38 @@ impl<'a> Announced<'a> {
         Ok(Self { id, schema, name, identity, columns })
     }
 
-    /// Fails with the difference unless rows can be read under `version`.
-    pub(super) fn compare(&self, version: &TableVersion) -> Result<()> {
-        self.difference(version).map_or(Ok(()), |difference| Err(changed(version, &difference)))
+    /// The version that rows are written under from here on: the mapped one when it fits, else one of its own that says
+    /// how it differs, so that it is judged only when a row of it is due. A table that has taken the name of a mapped one
+    /// stands for that one: its rows must not be passed over. `None`: not mapped.
+    pub(super) fn version(&self, mapped: &HashMap<u32, Arc<TableVersion>>) -> Option<Arc<TableVersion>> {
+        let (version, difference) = match mapped.get(&self.id) {
+            Some(version) => (version, self.difference(version)),
+            None => (mapped.values().find(|version| self.is_named_like(version))?, Some("another table has its name now".into())),
+        };
+        Some(match difference {
+            None => Arc::clone(version),
+            Some(difference) => Arc::new(self.differing(version, difference)),
+        })
     }
 
-    /// Fails when the table has the name of a mapped one: its rows would be passed over.
-    pub(super) fn refuse_replacement<'v>(&self, mut mapped: impl Iterator<Item = &'v Arc<TableVersion>>) -> Result<()> {
-        match mapped.find(|version| self.is_named_like(version)) {
-            Some(version) => Err(changed(version, "another table has its name now")),
-            None => Ok(()),
+    fn differing(&self, version: &TableVersion, difference: String) -> TableVersion {
+        let column = |column: &AnnouncedColumn<'_>| Column {
+            name: column.name.to_owned(),
+            type_id: column.type_id,
+            // The message does not name types.
+            type_name: QualifiedName::new("", ""),
+            declared: format!("type {}", column.type_id),
+            key: column.key,
+            not_null: false,
+            generated: None,
+            collation: None,
+        };
+        TableVersion {
+            id: version.id,
+            name: version.name.clone(),
+            columns: self.columns.iter().map(column).collect(),
+            identity: if self.identity == b'f' { Identity::Full } else { Identity::Key },
+            differs: Some(difference),
         }
     }
 
@@ -86,8 +109,4 @@ impl<'a> Announced<'a> {
         let same_order = self.columns.iter().map(|now| now.name).eq(version.columns.iter().map(|column| column.name.as_str()));
         (!same_order).then(|| "its columns are in another order".into())
     }
-}
-
-fn changed(version: &TableVersion, difference: &str) -> Error {
-    Error::stop(reason::SCHEMA_CHANGED, format!("table {}: {difference}", version.name))
 }

@@ -25,6 +25,7 @@ pub fn table(identity: Identity) -> MappedTable {
         name: QualifiedName::new("public", "t"),
         columns: vec![column("id", 23, true), column("v", 25, false)],
         identity,
+        differs: None,
     };
     MappedTable {
         version: Arc::new(version),
@@ -133,7 +134,7 @@ fn rows_of_all_kinds() {
 }
 
 #[test]
-fn a_changed_table_stops_with_the_difference() {
+fn rows_of_a_changed_table_carry_the_difference() {
     for (identity, message, words) in [
         (Identity::Key, relation(7, "t", b'd', &[(1, "id", 23)]), "column `v` is gone"),
         (Identity::Key, relation(7, "t", b'd', &[(1, "id", 20), (0, "v", 25)]), "another type"),
@@ -145,9 +146,14 @@ fn a_changed_table_stops_with_the_difference() {
         (Identity::Full, relation(7, "t", b'd', &COLUMNS), "replica identity changed"),
         (Identity::Key, relation(9, "t", b'd', &COLUMNS), "another table has its name"),
     ] {
-        let error = Decoder::new(&[table(identity)]).decode(&message, &mut Batch::default()).unwrap_err();
-        assert_eq!(error.reason, reason::SCHEMA_CHANGED);
-        assert!(error.message.contains("public.t") && error.message.contains(words), "{error}");
+        let mut decoder = Decoder::new(&[table(identity)]);
+        let mut batch = Batch::default();
+        decoder.decode(&message, &mut batch).unwrap();
+        let id = u32::from_be_bytes(message[1..5].try_into().unwrap());
+        decoder.decode(&[b"T\0\0\0\x01\0".as_slice(), &id.to_be_bytes()].concat(), &mut batch).unwrap();
+        let version = batch.table(&batch.changes()[0]);
+        assert_eq!((version.id, version.name.to_string().as_str()), (7, "public.t"), "it stands for the mapped table");
+        assert!(version.differs.as_deref().is_some_and(|difference| difference.contains(words)), "{version:?}");
     }
     // A full identity marks every column as key.
     let marked = relation(7, "t", b'f', &[(1, "id", 23), (1, "v", 25)]);
