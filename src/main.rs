@@ -1,8 +1,10 @@
 //! The command line, nothing else.
 
 use clap::{Parser, Subcommand};
+use sluice::resources::crds;
 use sluice::worker::{self, registry::Connectors};
 use std::error::Error;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -22,6 +24,12 @@ enum Command {
     /// Work that runs in a pod; the operator starts these.
     #[command(subcommand)]
     Worker(WorkerCommand),
+    /// Print the CustomResourceDefinitions, or write them to folders.
+    Crds {
+        /// Folder to write one file per kind to, instead of printing; may be given several times.
+        #[arg(long, value_name = "FOLDER")]
+        write: Vec<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -37,6 +45,7 @@ fn main() -> ExitCode {
     let CommandLine { command } = CommandLine::parse();
     let ended = match command {
         Command::Worker(WorkerCommand::Mirror(options)) => mirror(&options),
+        Command::Crds { write } => crds(&write),
     };
     ended.unwrap_or_else(|error| {
         eprintln!("sluice: {error}");
@@ -53,6 +62,16 @@ fn mirror(options: &worker::Options) -> Result<ExitCode, Box<dyn Error>> {
         Ok(worker::run::run(options.settings(), listener, Connectors, terminate).await)
     })?;
     Ok(ExitCode::from(exit.code()))
+}
+
+fn crds(folders: &[PathBuf]) -> Result<ExitCode, Box<dyn Error>> {
+    if folders.is_empty() {
+        print!("{}", crds::to_yaml()?);
+    }
+    for folder in folders {
+        crds::write(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Runs on all cores, and does not wait for threads that are stuck in a system call at the end.

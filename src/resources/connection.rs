@@ -11,7 +11,7 @@ macro_rules! connection_kind {
         #[doc = $doc]
         #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
         #[serde(rename_all = "camelCase")]
-        #[kube(group = "sluice.dev", version = "v1alpha1", kind = $kind, namespaced, status = "ConnectionStatus",
+        #[kube(group = "sluice.dev", version = "v1alpha1", kind = $kind, namespaced, cel, status = "ConnectionStatus",
             plural = $plural, shortname = $short, category = "cdc", doc = $doc,
             printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
             printcolumn(name = "Status", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),

@@ -72,7 +72,7 @@ pub struct Snapshot {
     pub enabled: bool,
     /// With `enabled: false`: the commit end LSN up to which the target already equals the source (for example of a
     /// restored backup). The slot named by `slotName` must exist and must not be ahead of it.
-    #[schemars(regex(pattern = r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$"))]
+    #[schemars(length(max = 17), regex(pattern = r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_position: Option<String>,
     /// Rows of one range of a table, by the planner's estimate; 250000 when absent.
@@ -174,7 +174,7 @@ pub enum UpdatePolicy {
 /// Keeps tables of a target identical to those of a source.
 #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[kube(group = "sluice.dev", version = "v1alpha1", kind = "Mirror", namespaced, status = "MirrorStatus",
+#[kube(group = "sluice.dev", version = "v1alpha1", kind = "Mirror", namespaced, cel, status = "MirrorStatus",
     plural = "mirrors", shortname = "mir", category = "cdc", doc = "Keeps tables of a target identical to those of a source.",
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
