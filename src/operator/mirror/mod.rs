@@ -1,0 +1,6 @@
+//! The controller of Mirrors: resolve → validate → plan → apply → observe → report.
+
+pub mod peer;
+pub mod plan;
+pub mod problem;
+pub mod validate;
