@@ -6,7 +6,9 @@
 pub mod apply;
 pub mod backoff;
 pub mod client;
+pub mod connection;
 pub mod context;
+pub mod databases;
 pub mod error;
 pub mod events;
 pub mod health;

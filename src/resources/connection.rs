@@ -1,13 +1,56 @@
 //! The kinds `Source` and `Target`: how a database is reached, and what was found there.
 
 use super::common::{Engine, LocalRef, ParamValue, Prerequisite, Tls};
+use super::conditions::{is_true, kind};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What Source and Target have in common: how a database is reached.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionSpec<'a> {
+    /// Database engine.
+    pub engine: Engine,
+    /// Host name or address.
+    pub host: &'a str,
+    /// TCP port.
+    pub port: i32,
+    /// Database name.
+    pub database: &'a str,
+    /// Secret with the keys `username` and `password`.
+    pub credentials_ref: &'a LocalRef,
+    /// TLS of the connection.
+    pub tls: &'a Tls,
+    /// Session parameters sent at connect.
+    pub parameters: &'a BTreeMap<String, ParamValue>,
+    /// Seconds to wait for a connection.
+    pub connect_timeout_seconds: i32,
+    /// Refuse deletion.
+    pub deletion_protection: bool,
+}
+
+impl<'a> ConnectionSpec<'a> {
+    /// Names of the Secrets that the spec refers to, each once.
+    pub fn secret_names(&self) -> BTreeSet<&'a str> {
+        let tls = self.tls;
+        std::iter::once(self.credentials_ref.name.as_str())
+            .chain(tls.ca_ref.iter().map(|key| key.name.as_str()))
+            .chain(tls.client_certificate_ref.iter().map(|secret| secret.name.as_str()))
+            .collect()
+    }
+}
+
+/// A Source or a Target.
+pub trait Connection {
+    /// How its database is reached.
+    fn connection(&self) -> ConnectionSpec<'_>;
+    /// What was observed of it.
+    fn connection_status(&self) -> Option<&ConnectionStatus>;
+}
 
 macro_rules! connection_kind {
-    ($kind:literal, $spec:ident, $plural:literal, $short:literal, $doc:literal) => {
+    ($kind_type:ident, $kind:literal, $spec:ident, $plural:literal, $short:literal, $doc:literal) => {
         #[doc = $doc]
         #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
         #[serde(rename_all = "camelCase")]
@@ -55,6 +98,26 @@ macro_rules! connection_kind {
             #[serde(default, skip_serializing_if = "std::ops::Not::not")]
             pub deletion_protection: bool,
         }
+
+        impl Connection for $kind_type {
+            fn connection(&self) -> ConnectionSpec<'_> {
+                ConnectionSpec {
+                    engine: self.spec.engine,
+                    host: &self.spec.host,
+                    port: self.spec.port,
+                    database: &self.spec.database,
+                    credentials_ref: &self.spec.credentials_ref,
+                    tls: &self.spec.tls,
+                    parameters: &self.spec.parameters,
+                    connect_timeout_seconds: self.spec.connect_timeout_seconds,
+                    deletion_protection: self.spec.deletion_protection,
+                }
+            }
+
+            fn connection_status(&self) -> Option<&ConnectionStatus> {
+                self.status.as_ref()
+            }
+        }
     };
 }
 fn pg_port() -> i32 {
@@ -64,8 +127,8 @@ fn ten() -> i32 {
     10
 }
 
-connection_kind!("Source", SourceSpec, "sources", "src", "A database to read changes from.");
-connection_kind!("Target", TargetSpec, "targets", "tgt", "A database to write to.");
+connection_kind!(Source, "Source", SourceSpec, "sources", "src", "A database to read changes from.");
+connection_kind!(Target, "Target", TargetSpec, "targets", "tgt", "A database to write to.");
 
 /// Observed state of a connection.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema, Default)]
@@ -89,4 +152,11 @@ pub struct ConnectionStatus {
     #[schemars(length(max = 64))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed_prerequisites: Vec<Prerequisite>,
+}
+
+impl ConnectionStatus {
+    /// Whether the database was reached and inspected, and what was found is of this `generation` of the spec.
+    pub fn is_ready(&self, generation: Option<i64>) -> bool {
+        self.observed_generation == generation && is_true(&self.conditions, kind::READY)
+    }
 }
