@@ -1,6 +1,8 @@
 //! The controller of Mirrors: resolve → validate → plan → apply → observe → report.
 
+pub mod observe;
 pub mod peer;
 pub mod plan;
 pub mod problem;
+pub mod report;
 pub mod validate;

@@ -1,7 +1,6 @@
 //! What is planned, compared with files that people read in review.
 
 use super::*;
-use crate::operator::Options;
 use crate::operator::mirror::peer::{self, Peer, Side};
 use crate::operator::mirror::validate;
 use crate::operator::mirror::validate::tests::mirror;
