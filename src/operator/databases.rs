@@ -12,6 +12,7 @@ use crate::engine;
 use crate::resources::common;
 use crate::resources::conditions::reason;
 use crate::resources::{ConnectionSpec, KeyRef, LocalRef};
+use crate::worker::contract::MirrorId;
 use crate::worker::credentials::without_newline;
 use futures::future::{BoxFuture, try_join_all};
 use k8s_openapi::api::core::v1::Secret;
@@ -35,6 +36,9 @@ pub trait Databases: Send + Sync + 'static {
 
     /// Drops a Mirror's slot and publication on its source.
     fn clean_up<'a>(&'a self, endpoint: &'a Endpoint, leftovers: &'a Leftovers) -> BoxFuture<'a, engine::error::Result<CleanedUp>>;
+
+    /// Removes the checkpoint of a Mirror whose slot is gone from its target, so that another Mirror may write the same tables.
+    fn forget_stream<'a>(&'a self, target: &'a Endpoint, slot: &'a str, mirror: &'a MirrorId) -> BoxFuture<'a, engine::error::Result<()>>;
 }
 
 /// What was found on a server.

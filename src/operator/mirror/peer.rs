@@ -3,9 +3,10 @@
 use super::problem::{Problem, documented};
 use crate::engine::error::reason as engine;
 use crate::resources::conditions::{self, kind, reason};
-use crate::resources::{ConnectionStatus, Prerequisite, Source, Target, Tls};
+use crate::resources::{Connection, ConnectionStatus, Prerequisite, Source, Target, Tls};
 use crate::worker::contract::{EndpointSpec, SOURCE_FOLDER, TARGET_FOLDER};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
 use serde::Serialize;
 
 /// Which end of a Mirror.
@@ -70,38 +71,42 @@ impl Secrets {
     }
 }
 
-macro_rules! peer_from {
-    ($kind:ident, $folder:expr) => {
-        impl From<&$kind> for Peer {
-            fn from(object: &$kind) -> Self {
-                let spec = &object.spec;
-                Self {
-                    side: Side::$kind,
-                    meta: object.metadata.clone(),
-                    endpoint: EndpointSpec {
-                        engine: format!("{:?}", spec.engine),
-                        host: spec.host.clone(),
-                        // The schema keeps it between 1 and 65535.
-                        port: u16::try_from(spec.port).unwrap_or_default(),
-                        database: spec.database.clone(),
-                        tls_mode: format!("{:?}", spec.tls.mode),
-                        folder: $folder.to_owned(),
-                        ca_key: spec.tls.ca_ref.as_ref().map(|ca| ca.key.clone()),
-                        client_certificate: spec.tls.client_certificate_ref.is_some(),
-                        parameters: spec.parameters.iter().map(|(name, value)| (name.clone(), value.0.clone())).collect(),
-                        connect_timeout_seconds: u32::try_from(spec.connect_timeout_seconds).unwrap_or_default(),
-                    },
-                    secrets: Secrets::of(&spec.credentials_ref.name, &spec.tls),
-                    status: object.status.clone(),
-                }
-            }
-        }
-    };
+impl From<&Source> for Peer {
+    fn from(source: &Source) -> Self {
+        Self::new(Side::Source, SOURCE_FOLDER, source)
+    }
 }
-peer_from!(Source, SOURCE_FOLDER);
-peer_from!(Target, TARGET_FOLDER);
+
+impl From<&Target> for Peer {
+    fn from(target: &Target) -> Self {
+        Self::new(Side::Target, TARGET_FOLDER, target)
+    }
+}
 
 impl Peer {
+    fn new<K: Connection + Resource>(side: Side, folder: &str, object: &K) -> Self {
+        let spec = object.connection();
+        Self {
+            side,
+            meta: object.meta().clone(),
+            endpoint: EndpointSpec {
+                engine: format!("{:?}", spec.engine),
+                host: spec.host.to_owned(),
+                // The schema keeps it between 1 and 65535.
+                port: u16::try_from(spec.port).unwrap_or_default(),
+                database: spec.database.to_owned(),
+                tls_mode: format!("{:?}", spec.tls.mode),
+                folder: folder.to_owned(),
+                ca_key: spec.tls.ca_ref.as_ref().map(|ca| ca.key.clone()),
+                client_certificate: spec.tls.client_certificate_ref.is_some(),
+                parameters: spec.parameters.iter().map(|(name, value)| (name.clone(), value.0.clone())).collect(),
+                connect_timeout_seconds: u32::try_from(spec.connect_timeout_seconds).unwrap_or_default(),
+            },
+            secrets: Secrets::of(&spec.credentials_ref.name, spec.tls),
+            status: object.connection_status().cloned(),
+        }
+    }
+
     fn name(&self) -> &str {
         self.meta.name.as_deref().unwrap_or_default()
     }
