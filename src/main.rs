@@ -1,6 +1,7 @@
 //! The command line, nothing else.
 
 use clap::{Parser, Subcommand};
+use sluice::operator;
 use sluice::resources::crds;
 use sluice::worker::{self, registry::Connectors};
 use std::error::Error;
@@ -21,6 +22,10 @@ struct CommandLine {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Turn resources into workers, and what workers say into status.
+    ///
+    /// Needs a cluster around it, or a kubeconfig. Exit codes: 0 told to end, 1 anything else, loss of the leadership included.
+    Operator(Box<operator::Options>),
     /// Work that runs in a pod; the operator starts these.
     #[command(subcommand)]
     Worker(WorkerCommand),
@@ -44,12 +49,22 @@ enum WorkerCommand {
 fn main() -> ExitCode {
     let CommandLine { command } = CommandLine::parse();
     let ended = match command {
+        Command::Operator(options) => operate(*options),
         Command::Worker(WorkerCommand::Mirror(options)) => mirror(&options),
         Command::Crds { write } => crds(&write),
     };
     ended.unwrap_or_else(|error| {
         eprintln!("sluice: {error}");
         ExitCode::FAILURE
+    })
+}
+
+fn operate(options: operator::Options) -> Result<ExitCode, Box<dyn Error>> {
+    sluice::telemetry::init(options.log_format, &options.log_filter())?;
+    block_on(async {
+        let terminate = on_signals()?;
+        operator::run(options, terminate).await?;
+        Ok(ExitCode::SUCCESS)
     })
 }
 

@@ -296,7 +296,7 @@ async fn a_rotated_password_leads_to_a_reconnect_not_a_restart() {
     left.batch_execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'cdc'").await.unwrap();
     worker.wait_reason("AuthenticationFailed").await;
     worker.write_credentials("source", "cdc", "two");
-    worker.wait_for(10, "streaming with the new password", |status| status.streaming && status.error.is_none()).await;
+    worker.wait_for(30, "streaming with the new password", |status| status.streaming && status.error.is_none()).await;
     left.batch_execute("UPDATE accounts SET owner = 'rotated'").await.unwrap();
     worker.wait_level(&left).await;
     assert_equal(&left, &right, &TABLES).await;

@@ -19,13 +19,13 @@ use sluice::operator::events::EventKind;
 use sluice::operator::health::Health;
 use sluice::operator::leader::{Candidate, Times};
 use sluice::operator::metrics::Metrics;
-use sluice::operator::options::LogFormat;
 use sluice::operator::run::{RunError, Runtime};
 use sluice::operator::shutdown::Shutdown;
 use sluice::operator::signing::{SigningKeys, load_or_create};
 use sluice::operator::watch::Watches;
 use sluice::operator::{Context, ErrorClass, Options, apply, permissions, reconcile};
 use sluice::resources::{Mirror, MirrorStatus, Source, Target};
+use sluice::telemetry::LogFormat;
 use sluice::worker::token::SigningKey;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -538,4 +538,61 @@ async fn the_operator_waits_leads_works_drains_and_hands_over() {
     eventually(10, "the third leads", || async { third.leads().await }).await;
     third.shutdown.cancel();
     third.run.await.expect("no panic").expect("a clean end");
+}
+
+/// A process of its own, ended with the test.
+struct Operator {
+    process: std::process::Child,
+    address: String,
+}
+
+impl Operator {
+    fn start(server: &ApiServer, namespace: &str, pod: &str) -> Self {
+        let address = format!("127.0.0.1:{}", support::free_port());
+        let process = std::process::Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args([
+                "operator",
+                "--listen",
+                &address,
+                "--namespace",
+                namespace,
+                "--watch-namespaces",
+                namespace,
+                "--pod-name",
+                pod,
+                "--log-level=warn",
+            ])
+            .env("KUBECONFIG", server.kubeconfig())
+            .spawn()
+            .expect("the operator starts");
+        Self { process, address }
+    }
+
+    async fn says(&self, path: &str, text: &str) -> bool {
+        let Ok(answer) = reqwest::get(format!("http://{}{path}", self.address)).await else { return false };
+        answer.text().await.is_ok_and(|body| body.contains(text))
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_told_to_end_hands_over_and_exits_with_success() {
+    let server = ApiServer::shared().await;
+    server.install(definitions()).await;
+    let namespace = server.namespace("processes").await;
+    let mut first = Operator::start(&server, &namespace, "a");
+    eventually(20, "the first leads", || first.says("/metrics", "sluice_operator_leader 1")).await;
+    let second = Operator::start(&server, &namespace, "b");
+    eventually(20, "the second stands by", || second.says("/readyz", "ok")).await;
+    let told = std::process::Command::new("kill").args(["-TERM", &first.process.id().to_string()]).status();
+    assert!(told.expect("kill runs").success());
+    let ended = tokio::task::spawn_blocking(move || first.process.wait()).await.expect("no panic").expect("an end");
+    assert!(ended.success(), "{ended}");
+    eventually(3, "the second leads", || second.says("/metrics", "sluice_operator_leader 1")).await;
 }

@@ -11,7 +11,7 @@ use sluice::engine::flow::{self, SnapshotConfig, StreamConfig};
 use sluice::engine::position::Position;
 use sluice::engine::progress::Progress;
 use sluice::engine::roles::{
-    Applied, Apply, ApplyMode, BatchLimits, BulkFormat, BulkStream, ChangeLog, Checkpoint, Claim, Claimed, LogState, Owner, Range,
+    Applied, Apply, ApplyMode, BatchLimits, BulkFormat, BulkStream, ChangeLog, Checkpoint, Claim, Claimed, Fed, LogState, Owner, Range,
     Selection, Snapshot, Source, SourceIdentity, StreamKey, TableCheckpoint, TableSelection, Target,
 };
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableState, TableVersion};
@@ -251,6 +251,10 @@ impl Source for Shared {
         Ok((0..TABLES).filter(|table| tables.iter().any(|selected| selected.source == name(*table))).map(mapped).collect())
     }
 
+    async fn fed(&self, _: &[MappedTable]) -> Result<Vec<Fed>> {
+        Ok(Vec::new())
+    }
+
     async fn publish(&self, tables: &[MappedTable]) -> Result<()> {
         self.io().await?;
         self.world().published = tables.iter().map(number).collect();
@@ -448,7 +452,7 @@ impl Target for Shared {
     type Position = Pos;
     type Applier = SimApplier;
 
-    async fn check(&self, _: &SourceIdentity, _: &[MappedTable]) -> Result<()> {
+    async fn check(&self, _: &SourceIdentity, _: &[MappedTable], _: &[Fed]) -> Result<()> {
         self.io().await
     }
 

@@ -110,7 +110,7 @@ where
     let (claimed, mut applier) = target.claim(&key, &config.owner, *held).await?;
     *held = Some(claimed.claim.epoch);
     progress.set_claim(claimed.claim.epoch, applier.mode());
-    target.check(&identity, &tables).await?;
+    target.check(&identity, &tables, &source.fed(&tables).await?).await?;
 
     progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();

@@ -22,6 +22,21 @@ pub struct SourceIdentity {
     pub timeline: i64,
 }
 
+/// A table of a source that a stream writes, and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fed {
+    /// The table of this source.
+    pub table: QualifiedName,
+    /// System identifier of the server that it is copied from.
+    pub system_identifier: String,
+    /// Database there.
+    pub database: String,
+    /// Table there.
+    pub origin: QualifiedName,
+    /// The stream's owner, as `namespace/name`.
+    pub owner: String,
+}
+
 /// Names a stream's checkpoint on the target.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct StreamKey {
@@ -132,6 +147,10 @@ pub trait Source: Send + Sync + 'static {
 
     /// Reads the mapped tables from the catalog. Fails with the reason for the first table that can't be followed.
     fn tables(&self, selection: &Selection) -> impl Future<Output = Result<Vec<MappedTable>>> + Send;
+
+    /// Which of these tables are themselves written by streams: copied back to where they come from, each change would
+    /// come round again.
+    fn fed(&self, tables: &[MappedTable]) -> impl Future<Output = Result<Vec<Fed>>> + Send;
 
     /// Makes the publication hold exactly these tables and columns. Identity, column list and filter of each table that
     /// comes in are checked in the same source transaction under a lock, so that no table whose users' writes the source
@@ -286,7 +305,7 @@ pub trait Target: Send + Sync + 'static {
 
     /// Refuses what can't work: source and target the same table, a table that is itself mirrored from here, types that
     /// are missing, an existing table that does not fit.
-    fn check(&self, source: &SourceIdentity, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+    fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> impl Future<Output = Result<()>> + Send;
 
     /// Claims the stream: ends the old claim's backends, raises the epoch, reads the checkpoint, all in one transaction.
     /// `held` is the epoch of an earlier claim of this very process: a higher one on the target means that another worker

@@ -8,12 +8,14 @@ use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret as Hidden, TlsMode};
+use crate::connectors::postgres::{cleanup, inspect};
 use crate::engine;
 use crate::resources::common;
 use crate::resources::conditions::reason;
 use crate::resources::{ConnectionSpec, KeyRef, LocalRef};
 use crate::worker::contract::MirrorId;
 use crate::worker::credentials::without_newline;
+use futures::FutureExt as _;
 use futures::future::{BoxFuture, try_join_all};
 use k8s_openapi::api::core::v1::Secret;
 use std::collections::BTreeMap;
@@ -85,13 +87,34 @@ pub struct CleanedUp {
     pub publication_dropped: bool,
 }
 
-/// A way to a database and which Secrets it was made of.
-#[derive(Clone, Debug)]
-pub struct Resolved {
-    /// The way.
-    pub endpoint: Endpoint,
-    /// Name and resourceVersion of each Secret: another version may hold another password.
-    pub secret_versions: BTreeMap<String, String>,
+/// PostgreSQL's connector: the one place where the operator calls it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Postgres;
+
+impl Databases for Postgres {
+    fn inspect<'a>(&'a self, endpoint: &'a Endpoint, side: Side) -> BoxFuture<'a, engine::error::Result<Inspection>> {
+        async move {
+            let found = inspect::inspect(endpoint, side, inspect::Checks::default()).await?;
+            let failed = found.failed.into_iter().map(|failed| FailedPrerequisite {
+                name: failed.name.to_owned(),
+                message: failed.message,
+                cure: failed.cure,
+                warning: failed.warning,
+            });
+            Ok(Inspection { failed: failed.collect(), server_version: found.server_version, system_identifier: found.system_identifier })
+        }
+        .boxed()
+    }
+
+    fn clean_up<'a>(&'a self, endpoint: &'a Endpoint, leftovers: &'a Leftovers) -> BoxFuture<'a, engine::error::Result<CleanedUp>> {
+        async move {
+            let Leftovers { slot, drop_slot, publication } = leftovers;
+            let doomed = cleanup::Doomed { slot, drop_slot: *drop_slot, publication: publication.as_deref() };
+            let cleanup::CleanUp { slot_dropped, publication_dropped } = cleanup::drop_slot_and_publication(endpoint, doomed).await?;
+            Ok(CleanedUp { slot_dropped, publication_dropped })
+        }
+        .boxed()
+    }
 }
 
 /// Reads the Secrets that `spec` names in `namespace`, live and in parallel, and builds the way to the database.
@@ -99,16 +122,12 @@ pub struct Resolved {
 /// # Errors
 /// Class `Missing` with reason `SecretNotFound` or `SecretKeyMissing`, naming Secret and key; class `Invalid` when the spec can't
 /// be right; otherwise as the API server answers. No value of a Secret is in a message.
-pub async fn resolve(ctx: &Context, namespace: &str, spec: &ConnectionSpec<'_>) -> Result<Resolved> {
+pub async fn resolve(ctx: &Context, namespace: &str, spec: &ConnectionSpec<'_>) -> Result<Endpoint> {
     let names = spec.secret_names();
     let reads = names.iter().map(|name| apply::get::<Secret>(ctx, namespace, name));
     let found = try_join_all(reads).await?;
-    let secrets: BTreeMap<_, _> = names.into_iter().zip(found).filter_map(|(name, secret)| Some((name, secret?))).collect();
-    let version = |secret: &Secret| secret.metadata.resource_version.clone().unwrap_or_default();
-    Ok(Resolved {
-        endpoint: endpoint(spec, &secrets)?,
-        secret_versions: secrets.iter().map(|(name, secret)| ((*name).to_owned(), version(secret))).collect(),
-    })
+    let secrets = names.into_iter().zip(found).filter_map(|(name, secret)| Some((name, secret?)));
+    endpoint(spec, &secrets.collect())
 }
 
 /// The way to the database. `secrets` by name; a missing one was not found.

@@ -23,7 +23,6 @@ pub mod reconcile;
 pub mod run;
 pub mod shutdown;
 pub mod signing;
-pub mod telemetry;
 pub mod watch;
 pub mod worker_client;
 

@@ -1,6 +1,7 @@
 //! Settings of `sluice operator`: each a flag and an environment variable.
 
-use clap::{ArgAction, Args, ValueEnum};
+use crate::telemetry::LogFormat;
+use clap::{ArgAction, Args};
 use std::net::SocketAddr;
 
 /// Flags of `sluice operator`; see `docs/src/reference/operator.md`.
@@ -62,16 +63,13 @@ pub struct Options {
     pub clean_up_minutes: u32,
 }
 
-/// Form of log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 impl Options {
+    /// The level, with kube's client quiet unless it is named: it logs each failed request as an error of its own, and whoever made the
+    /// request logs what becomes of it.
+    pub fn log_filter(&self) -> String {
+        if self.log_level.contains("kube") { self.log_level.clone() } else { format!("{},kube_client=off", self.log_level) }
+    }
+
     /// Namespaces to serve: one entry `None` for all, or each named once.
     pub fn scopes(&self) -> Vec<Option<String>> {
         let mut named: Vec<_> = self.watch_namespaces.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
@@ -97,6 +95,17 @@ pub(super) mod tests {
         let options = parse(&["--watch-namespaces=a,b,a", "--leader-election=false", "--protect-secrets=true", "--listen=[::]:8080"]);
         assert_eq!(options.scopes(), [Some("a".to_owned()), Some("b".to_owned())]);
         assert!(!options.leader_election && options.protect_secrets);
+    }
+
+    #[test]
+    fn the_filter_of_the_logs_is_valid_and_can_be_overruled() {
+        for (level, filter) in
+            [("info", "info,kube_client=off"), ("info,sluice=debug", "info,sluice=debug,kube_client=off"), ("kube=debug", "kube=debug")]
+        {
+            let options = parse(&[&format!("--log-level={level}")]);
+            assert_eq!(options.log_filter(), filter);
+            assert!(crate::telemetry::filter(filter).is_ok());
+        }
     }
 
     #[test]

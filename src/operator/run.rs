@@ -7,8 +7,8 @@ use super::health::{self, Health};
 use super::leader::{Candidate, Times};
 use super::metrics::Metrics;
 use super::options::Options;
-use super::shutdown::{DRAIN, Shutdown, on_signals};
-use super::{client, permissions, poller, signing, telemetry};
+use super::shutdown::{DRAIN, Shutdown};
+use super::{client, permissions, poller, signing};
 use kube::{Client, Config};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,15 +28,9 @@ const BEAT: Duration = Duration::from_secs(5);
 /// Why the operator ends with an error.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The level or filter of the logs cannot be read.
-    #[error("log level: {0}")]
-    Logs(#[from] tracing_subscriber::filter::ParseError),
     /// The port of probes and metrics cannot be opened.
     #[error("cannot listen on {0}: {1}")]
     Listen(std::net::SocketAddr, std::io::Error),
-    /// The handlers of signals cannot be installed.
-    #[error("cannot wait for signals: {0}")]
-    Signals(std::io::Error),
     /// Neither a cluster around it nor a kubeconfig.
     #[error("no way to a cluster: {0}")]
     Config(#[from] kube::config::InferConfigError),
@@ -57,19 +51,17 @@ pub enum RunError {
 /// The tasks of the controllers; each ends when the token is cancelled, after its running passes.
 pub type Controllers = fn(&Arc<Context>, &Shutdown) -> JoinSet<()>;
 
-/// Runs the operator until SIGTERM or SIGINT.
+/// Runs the operator until `shutdown`.
 ///
 /// # Errors
 /// [`RunError`]; the process is to end with a code other than 0 then.
-pub async fn run(options: Options) -> Result<(), RunError> {
-    telemetry::init(&options)?;
-    let shutdown = Shutdown::new();
-    on_signals(shutdown.clone()).map_err(RunError::Signals)?;
+pub async fn run(options: Options, shutdown: Shutdown) -> Result<(), RunError> {
     let listener = TcpListener::bind(options.listen).await.map_err(|error| RunError::Listen(options.listen, error))?;
     let runtime = Runtime { options, times: Times::default(), listener, shutdown, controllers };
     runtime.run(Config::infer).await
 }
 
+/// The controllers of the product.
 fn controllers(_ctx: &Arc<Context>, _shutdown: &Shutdown) -> JoinSet<()> {
     JoinSet::new()
 }

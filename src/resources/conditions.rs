@@ -109,15 +109,24 @@ impl Finding {
     pub fn unknown(kind: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
         Self { kind, status: None, reason, message: message.into() }
     }
+
+    fn status_word(&self) -> &'static str {
+        match self.status {
+            Some(true) => "True",
+            Some(false) => "False",
+            None => "Unknown",
+        }
+    }
+
+    /// Whether `conditions` do not say so yet, by status and reason: what an event tells of.
+    pub fn is_news(&self, conditions: &[Condition]) -> bool {
+        get(conditions, self.kind).is_none_or(|known| known.status != self.status_word() || known.reason != self.reason)
+    }
 }
 
 /// Sets the condition of the finding's type. Its `lastTransitionTime` is `now` when the condition is new or its status changes.
 pub fn set(conditions: &mut Vec<Condition>, finding: Finding, generation: Option<i64>, now: Timestamp) {
-    let status = match finding.status {
-        Some(true) => "True",
-        Some(false) => "False",
-        None => "Unknown",
-    };
+    let status = finding.status_word();
     let old = conditions.iter_mut().find(|condition| condition.type_ == finding.kind);
     let since = old.as_ref().filter(|old| old.status == status).map_or(Time(whole_seconds(now)), |old| old.last_transition_time.clone());
     let new = Condition {
@@ -217,19 +226,14 @@ mod tests {
     }
 
     #[test]
-    fn a_transition_is_another_status_or_reason() {
-        let with = |finding| {
-            let mut all = vec![];
-            set(&mut all, finding, None, at(1));
-            all
-        };
-        let a = with(Finding::no(kind::READY, reason::PROGRESSING, "a"));
-        let other_words = with(Finding::no(kind::READY, reason::PROGRESSING, "b"));
-        let other_reason = with(Finding::no(kind::READY, reason::SECRET_NOT_FOUND, "b"));
-        assert!(transition(&a, &other_words, kind::READY).is_none());
-        assert!(transition(&a, &other_reason, kind::READY).is_some());
-        assert!(transition(&[], &a, kind::READY).is_some());
-        assert!(transition(&a, &[], kind::READY).is_none());
+    fn news_is_another_status_or_reason() {
+        let mut all = vec![];
+        let finding = Finding::no(kind::READY, reason::PROGRESSING, "a");
+        assert!(finding.is_news(&all));
+        set(&mut all, finding.clone(), None, at(1));
+        assert!(!Finding { message: "b".into(), ..finding.clone() }.is_news(&all));
+        assert!(Finding { reason: reason::SECRET_NOT_FOUND, ..finding.clone() }.is_news(&all));
+        assert!(Finding { status: None, ..finding }.is_news(&all));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use super::contract::Desired;
 use super::credentials::Credentials;
 use super::plan::{postgres_endpoint, stream_config};
+use crate::connectors::postgres::source::PostgresSource;
+use crate::connectors::postgres::target::PostgresTarget;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{self, Stop, StreamConfig};
 use crate::engine::progress::Progress;
@@ -53,9 +55,9 @@ async fn session(job: Job) -> Result<()> {
 async fn postgres_to_postgres(job: Job, config: &StreamConfig) -> Result<()> {
     let source = postgres_endpoint(&job.desired.source, &job.credentials.source)?;
     let target = postgres_endpoint(&job.desired.target, &job.credentials.target)?;
-    // MERGE: PostgresSource::new(source, slot, publication), PostgresTarget::new(target), then `mirror`.
-    let _ = (source, target, config);
-    Err(Error::bug("the PostgreSQL connector is not linked"))
+    let source = PostgresSource::new(source, job.desired.slot.clone(), job.desired.publication.clone());
+    let target = PostgresTarget::new(target, config.owner.clone());
+    mirror(source, target, config, job).await
 }
 
 /// Runs a session between two connectors.

@@ -83,6 +83,7 @@ pub fn mapped(id: u32, name: &str, schema: &str, columns: &[&str]) -> MappedTabl
             name: QualifiedName::new("public", name),
             identity: if primary_key.is_empty() { Identity::Full } else { Identity::Key },
             columns,
+            differs: None,
         }),
         primary_key,
         estimated_rows: 0,

@@ -27,7 +27,7 @@ pub struct ApiServer {
     _controllers: Process,
     _apiserver: Process,
     _etcd: Process,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 /// One server for all tests of a binary that run at the same time.
@@ -113,7 +113,7 @@ impl ApiServer {
                 format!("--cert-dir={}", path("controllers")),
             ],
         );
-        Self { port, ca, _controllers: controllers, _apiserver: apiserver, _etcd: etcd, _folder: folder }
+        Self { port, ca, _controllers: controllers, _apiserver: apiserver, _etcd: etcd, folder }
     }
 
     async fn wait_ready(&self) {
@@ -134,6 +134,11 @@ impl ApiServer {
 
     async fn config_of(&self, port: u16, token: &str) -> Config {
         Config::from_custom_kubeconfig(kubeconfig(port, &self.ca, token), &KubeConfigOptions::default()).await.expect("a valid kubeconfig")
+    }
+
+    /// File with the admin's kubeconfig, for other programs.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.folder.path().join("kubeconfig")
     }
 
     /// How the admin reaches it through `proxy`.

@@ -58,7 +58,19 @@ pub fn classify(side: Side, what: &str, error: &tokio_postgres::Error) -> Error 
 #[must_use]
 pub fn classify_server(side: Side, what: &str, error: &ServerError) -> Error {
     let (class, reason) = by_state(side, &error.code, &error.message);
-    Error::new(class, reason, cut(describe(what, error)))
+    let cure = cure(reason).map(|cure| format!(": {cure}")).unwrap_or_default();
+    Error::new(class, reason, cut(describe(what, error) + &cure))
+}
+
+/// What to do about a failure whose words do not say it.
+fn cure(reason: &str) -> Option<&'static str> {
+    match reason {
+        reason::WAL_LEVEL_NOT_LOGICAL => Some("run ALTER SYSTEM SET wal_level = 'logical' on the source and restart it"),
+        reason::NO_FREE_REPLICATION_SLOT => Some("drop a slot that nobody needs, or raise max_replication_slots and restart the source"),
+        reason::NO_FREE_WAL_SENDER => Some("raise max_wal_senders and restart the source"),
+        reason::ROLE_LACKS_REPLICATION => Some("run ALTER ROLE … REPLICATION on the source"),
+        _ => None,
+    }
 }
 
 /// The connection is gone.
@@ -110,9 +122,9 @@ fn by_state(side: Side, code: &str, message: &str) -> (Class, &'static str) {
         // A failover may be on its way.
         "25006" if source => (Retry, reason::SERVER_UNSUPPORTED),
         "25006" => (Retry, reason::TARGET_READ_ONLY),
-        "42501" if says("to start walsender") || says("replication role") || says("REPLICATION attribute") => {
-            (Stop, reason::ROLE_LACKS_REPLICATION)
-        }
+        // "must be superuser or replication role to start walsender", from 16 on "permission denied to start WAL sender"; the
+        // same with "to use replication slots".
+        "42501" if says("walsender") || says("WAL sender") || says("replication slots") => (Stop, reason::ROLE_LACKS_REPLICATION),
         "42501" => (Stop, reason::PRIVILEGE_MISSING),
         "40001" | "40P01" | "55P03" | "57014" if source => (Retry, reason::SOURCE_UNREACHABLE),
         "40001" | "40P01" | "55P03" | "57014" => (Retry, reason::WRITE_REFUSED),
@@ -178,6 +190,7 @@ mod tests {
             (Side::Source, "08006", "", Retry, reason::SOURCE_UNREACHABLE),
             (Side::Target, "42501", "permission denied for table t", Stop, reason::PRIVILEGE_MISSING),
             (Side::Source, "42501", "must be superuser or replication role to start walsender", Stop, reason::ROLE_LACKS_REPLICATION),
+            (Side::Source, "42501", "permission denied to use replication slots", Stop, reason::ROLE_LACKS_REPLICATION),
             (Side::Target, "40P01", "", Retry, reason::WRITE_REFUSED),
             (Side::Target, "23505", "", Stop, reason::ROW_CONFLICT),
             (Side::Target, "23502", "", Stop, reason::WRITE_REFUSED),

@@ -11,6 +11,7 @@ pub mod connect;
 pub mod ddl;
 pub mod endpoint;
 pub mod errors;
+mod fed;
 pub mod forget;
 pub mod inspect;
 pub mod load;

@@ -1,1 +1,299 @@
-//! snapshot
+//! A consistent state of the source and its copy by ranges of blocks.
+//!
+//! A snapshot comes from the creation of a replication slot: only such a one is a prefix of the log. One session imports it and
+//! exports it again, so that the walsender that made the slot is free and a temporary slot can go at once. This holder keeps it
+//! alive; when the holder is gone, so is the snapshot.
+//!
+//! Invariant: every range is read under the snapshot, from the file and the partitions that the table had in it. Rewriting a table
+//! (VACUUM FULL, TRUNCATE, most of ALTER TABLE) moves or hides rows of older snapshots: it is seen, and ends the snapshot.
+
+use super::connect::{Session, Side, connect};
+use super::endpoint::Endpoint;
+use super::lsn::Lsn;
+use super::source::answer;
+use super::sql::{qualified, quote_ident, quote_literal};
+use super::{catalog::facts, errors};
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::{BulkFormat, BulkStream, Range, Snapshot};
+use crate::engine::table::MappedTable;
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt as _, stream};
+use std::collections::HashSet;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{CopyOutStream, SimpleQueryMessage};
+
+/// Size of the pieces that a range is handed over in, in bytes: the server sends each row by itself.
+const PIECE: usize = 64 * 1024;
+/// How long a user's exclusive lock on a table is waited for.
+const LOCK_LIMIT: Duration = Duration::from_secs(600);
+/// The last range has no upper bound: see [`split`].
+const END: u64 = u64::MAX;
+
+/// The state of the source at a position.
+pub struct PostgresSnapshot {
+    position: Lsn,
+    /// Name under which other sessions import it.
+    name: String,
+    partitioned: HashSet<u32>,
+    holder: Session,
+    readers: Arc<Readers>,
+}
+
+/// Sessions that read ranges, and have nothing open between two.
+struct Readers {
+    endpoint: Endpoint,
+    application_name: String,
+    idle: Mutex<Vec<Session>>,
+}
+
+impl PostgresSnapshot {
+    /// Takes over a snapshot that another session has exported and still holds.
+    pub async fn import(endpoint: &Endpoint, application_name: &str, position: Lsn, exported: &str) -> Result<Self> {
+        let holder = connect(endpoint, Side::Source, application_name).await?;
+        let readers = Readers { endpoint: endpoint.clone(), application_name: application_name.to_owned(), idle: Mutex::new(Vec::new()) };
+        // From 17 on a limit of the role or database could end the holder's transaction.
+        const NO_LIMIT: &str = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'";
+        answer(Side::Source, "lift the limit of transactions", holder.query(NO_LIMIT, &[])).await?;
+        let begin = begin(exported);
+        answer(Side::Source, "import the slot's snapshot", holder.batch_execute(&begin)).await?;
+        let name = answer(Side::Source, "export the snapshot", holder.query_one("SELECT pg_export_snapshot()", &[])).await?.get(0);
+        let partitioned = facts::partitioned(&holder).await?;
+        Ok(Self { position, name, partitioned, holder, readers: Arc::new(readers) })
+    }
+
+    /// One round trip: import the snapshot, lock the table as the copy will, see whether it is still what the snapshot knows.
+    async fn enter(&self, session: &Session, table: &MappedTable) -> Result<()> {
+        let is_partitioned = self.partitioned.contains(&table.version.id);
+        let lock = format!("{} LIMIT 0", select(table, is_partitioned));
+        let statements = format!("{}; {lock}; {}", begin(&self.name), unchanged(table, is_partitioned));
+        let entered = tokio::time::timeout(LOCK_LIMIT, session.simple_query(&statements)).await;
+        let what = format!("copy {}", table.source());
+        let Ok(entered) = entered else {
+            let message = format!("{what}: the table is locked since {LOCK_LIMIT:?}");
+            return Err(Error::retry(reason::SOURCE_UNREACHABLE, message));
+        };
+        let messages =
+            entered.map_err(|error| if is_lost(&error) { lost(&error) } else { errors::classify(Side::Source, &what, &error) })?;
+        if last_value(&messages) == Some("t") {
+            return Ok(());
+        }
+        let message = format!("{} was rewritten, truncated, or has other partitions than the snapshot: it needs a new one", table.source());
+        Err(Error::retry(reason::SNAPSHOT_LOST, message))
+    }
+}
+
+impl Snapshot for PostgresSnapshot {
+    type Position = Lsn;
+
+    fn position(&self) -> &Lsn {
+        &self.position
+    }
+
+    fn ranges(&self, table: &MappedTable, rows: u64) -> Vec<Range> {
+        split(table.blocks, table.estimated_rows, rows)
+    }
+
+    async fn read(&self, table: &MappedTable, range: &Range, format: BulkFormat) -> Result<BulkStream> {
+        if self.holder.is_closed() {
+            return Err(lost(&"the session that held it ended"));
+        }
+        let session = self.readers.take().await?;
+        self.enter(&session, table).await?;
+        let statement = copy_statement(table, self.partitioned.contains(&table.version.id), range, format);
+        let what = format!("copy {}", table.source());
+        let copy = answer(Side::Source, &what, session.copy_out(&statement)).await?;
+        Ok(Box::pin(pieces(Reading { copy: Box::pin(copy), session, readers: Arc::clone(&self.readers), what })))
+    }
+
+    async fn close(self) {}
+}
+
+impl Readers {
+    async fn take(&self) -> Result<Session> {
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        while let Some(session) = idle() {
+            if !session.is_closed() {
+                return Ok(session);
+            }
+        }
+        connect(&self.endpoint, Side::Source, &self.application_name).await
+    }
+
+    fn give_back(&self, session: Session) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+    }
+}
+
+/// A range on its way.
+struct Reading {
+    copy: Pin<Box<CopyOutStream>>,
+    session: Session,
+    readers: Arc<Readers>,
+    what: String,
+}
+
+impl Reading {
+    /// The next piece; empty at the end. Waiting has no limit of its own: the server may search long for the next row, and a peer
+    /// that is gone is noticed by the socket's keepalive.
+    async fn piece(&mut self) -> Result<Bytes> {
+        let mut piece = BytesMut::new();
+        while piece.len() < PIECE {
+            match self.copy.next().await {
+                Some(Ok(row)) if piece.is_empty() && row.len() >= PIECE => return Ok(row),
+                Some(Ok(row)) => {
+                    if piece.capacity() == 0 {
+                        piece.reserve(PIECE + row.len());
+                    }
+                    piece.extend_from_slice(&row);
+                }
+                Some(Err(error)) => return Err(errors::classify(Side::Source, &self.what, &error)),
+                None => break,
+            }
+        }
+        Ok(piece.freeze())
+    }
+
+    /// Lets go of the table; the next range may use the session.
+    async fn finish(self) -> Result<()> {
+        answer(Side::Source, &self.what, self.session.batch_execute("COMMIT")).await?;
+        self.readers.give_back(self.session);
+        Ok(())
+    }
+}
+
+fn pieces(reading: Reading) -> impl futures::Stream<Item = Result<Bytes>> + Send {
+    stream::try_unfold(reading, |mut reading| async move {
+        let piece = reading.piece().await?;
+        if piece.is_empty() {
+            // All rows are there: a failure now costs the session alone.
+            if let Err(error) = reading.finish().await {
+                tracing::debug!(%error, "a session of the copy ended");
+            }
+            return Ok(None);
+        }
+        Ok(Some((piece, reading)))
+    })
+}
+
+/// Splits into ranges of about `rows` rows. The number of blocks was read before the snapshot was taken, and tables grow: the last
+/// range is open, so that rows beyond the blocks seen are in it. A table that shrank has empty ranges.
+fn split(blocks: u64, estimated_rows: u64, rows: u64) -> Vec<Range> {
+    let wanted = estimated_rows.div_ceil(rows.max(1)).min(blocks);
+    if wanted <= 1 {
+        return vec![Range { number: 0, blocks: None }];
+    }
+    let width = blocks.div_ceil(wanted);
+    let count = blocks.div_ceil(width);
+    // At most one range per block, of which a table has fewer than 2^32; ranges are numbered with an i32 since nobody has 2^31.
+    let last = i32::try_from(count - 1).unwrap_or(i32::MAX);
+    (0..=last)
+        .map(|number| {
+            let first = number.unsigned_abs() as u64 * width;
+            Range { number, blocks: Some((first, if number == last { END } else { first + width })) }
+        })
+        .collect()
+}
+
+fn begin(snapshot: &str) -> String {
+    format!("BEGIN TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET TRANSACTION SNAPSHOT {}", quote_literal(snapshot))
+}
+
+/// The table's own rows, and for a partitioned one those of its partitions.
+fn select(table: &MappedTable, is_partitioned: bool) -> String {
+    let columns: Vec<String> = table.version.columns.iter().map(|column| quote_ident(&column.name)).collect();
+    let only = if is_partitioned { "" } else { "ONLY " };
+    format!("SELECT {} FROM {only}{}", columns.join(", "), qualified(table.source()))
+}
+
+fn copy_statement(table: &MappedTable, is_partitioned: bool, range: &Range, format: BulkFormat) -> String {
+    let condition = match range.blocks {
+        None => String::new(),
+        Some((first, END)) => format!(" WHERE ctid >= '({first},0)'"),
+        Some((first, end)) => format!(" WHERE ctid >= '({first},0)' AND ctid < '({end},0)'"),
+    };
+    let format = match format {
+        BulkFormat::PostgresBinary => "binary",
+        BulkFormat::PostgresText => "text",
+    };
+    format!("COPY ({}{condition}) TO STDOUT (FORMAT {format})", select(table, is_partitioned))
+}
+
+/// Whether the name still means this table, its files are those of the snapshot, and so are its partitions. Queries of the catalog
+/// see the snapshot; functions see the present, which can't change while the table is locked.
+fn unchanged(table: &MappedTable, is_partitioned: bool) -> String {
+    let id = table.version.id;
+    let name = quote_literal(&qualified(table.source()));
+    let same_files = format!(
+        "SELECT count(*) = 1 FROM pg_class c WHERE c.oid = {id} AND c.oid = to_regclass({name})
+         AND (c.relkind = 'p' OR c.relfilenode = pg_relation_filenode(c.oid))"
+    );
+    if !is_partitioned {
+        return same_files;
+    }
+    format!(
+        "WITH RECURSIVE parts(id) AS (SELECT {id}::oid UNION ALL SELECT i.inhrelid FROM pg_inherits i JOIN parts p ON i.inhparent = p.id)
+         SELECT ({same_files}) AND (SELECT array_agg(id ORDER BY id) FROM parts) = (SELECT array_agg(relid::oid ORDER BY relid::oid) FROM pg_partition_tree({id}))
+         AND NOT EXISTS (SELECT FROM pg_class c JOIN parts p ON p.id = c.oid WHERE c.relkind <> 'p' AND c.relfilenode IS DISTINCT FROM pg_relation_filenode(c.oid))"
+    )
+}
+
+/// The value of the last row of several statements.
+fn last_value(messages: &[SimpleQueryMessage]) -> Option<&str> {
+    messages.iter().rev().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    })
+}
+
+/// What the server says when the transaction that has exported a snapshot is over: the name is no snapshot's, its file is gone,
+/// or the process is (`ImportSnapshot` in its source; the codes differ between versions).
+fn is_lost(error: &tokio_postgres::Error) -> bool {
+    let codes = [SqlState::INVALID_PARAMETER_VALUE, SqlState::UNDEFINED_OBJECT, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE];
+    error.code().is_some_and(|code| codes.contains(code))
+}
+
+fn lost(why: &dyn std::fmt::Display) -> Error {
+    Error::retry(reason::SNAPSHOT_LOST, format!("the source's snapshot is gone: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks(ranges: &[Range]) -> Vec<(u64, u64)> {
+        assert!(ranges.iter().enumerate().all(|(index, range)| range.number as usize == index));
+        ranges.iter().map(|range| range.blocks.expect("a range of blocks")).collect()
+    }
+
+    #[test]
+    fn small_tables_are_one_range() {
+        for (blocks, estimated, rows) in [(0, 0, 1000), (1, 5000, 1000), (100, 1000, 1000), (100, 0, 1000)] {
+            assert_eq!(split(blocks, estimated, rows), [Range { number: 0, blocks: None }]);
+        }
+    }
+
+    #[test]
+    fn ranges_follow_each_other_and_the_last_is_open() {
+        assert_eq!(blocks(&split(10, 1000, 300)), [(0, 3), (3, 6), (6, 9), (9, END)]);
+        assert_eq!(blocks(&split(10, 1000, 500)), [(0, 5), (5, END)]);
+        assert_eq!(blocks(&split(3, 1_000_000, 1)), [(0, 1), (1, 2), (2, END)]);
+    }
+
+    #[test]
+    fn ranges_have_no_gap_whatever_the_statistics_say() {
+        for blocks_seen in 2..200 {
+            for estimated in [1, 10, 999, 1001, 100_000] {
+                let ranges = split(blocks_seen, estimated, 100);
+                if ranges.len() > 1 {
+                    let ranges = blocks(&ranges);
+                    assert_eq!(ranges[0].0, 0);
+                    assert!(ranges.windows(2).all(|pair| pair[0].1 == pair[1].0));
+                    assert_eq!(ranges.last().map(|last| last.1), Some(END));
+                }
+            }
+        }
+    }
+}

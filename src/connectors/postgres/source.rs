@@ -1,1 +1,286 @@
-//! source
+//! PostgreSQL as a source.
+
+use super::catalog;
+use super::catalog::rules::Server;
+use super::connect::{Session, Side, connect};
+use super::endpoint::Endpoint;
+use super::log::PostgresLog;
+use super::lsn::Lsn;
+use super::pgoutput::binary_allowed;
+use super::replication::{ReplicationClient, connect_replication};
+use super::slot::NewSlot;
+use super::snapshot::PostgresSnapshot;
+use super::{errors, fed, publication, slot};
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
+use crate::engine::table::{MappedTable, QualifiedName};
+use std::future::Future;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long the creation of a slot waits for older transactions.
+const CREATION_LIMIT: Duration = Duration::from_secs(600);
+/// Oldest version that is read: it has TID range scans and pgoutput with all that is needed.
+pub(super) const OLDEST_VERSION: i32 = 140_000;
+/// Begins the names of our sessions; that of those which read from the log is this alone.
+const APPLICATION_NAME: &str = "sluice";
+
+/// A database that is read, through one slot and one publication.
+pub struct PostgresSource {
+    endpoint: Endpoint,
+    slot: String,
+    publication: String,
+    creation_limit: Duration,
+    /// A session for statements, kept between them.
+    session: Mutex<Option<Session>>,
+    waiting: Mutex<Option<String>>,
+    /// System identifier as [`Source::identity`] last saw it: every replication session must be on that server.
+    system_identifier: Mutex<Option<String>>,
+}
+
+impl PostgresSource {
+    /// A source that is not connected yet.
+    #[must_use]
+    pub fn new(endpoint: Endpoint, slot: impl Into<String>, publication: impl Into<String>) -> Self {
+        Self {
+            endpoint,
+            slot: slot.into(),
+            publication: publication.into(),
+            creation_limit: CREATION_LIMIT,
+            session: Mutex::default(),
+            waiting: Mutex::default(),
+            system_identifier: Mutex::default(),
+        }
+    }
+
+    /// The same with another bound for the time that the creation of a slot waits for older transactions; 600 s otherwise.
+    #[must_use]
+    pub fn with_creation_limit(mut self, limit: Duration) -> Self {
+        self.creation_limit = limit;
+        self
+    }
+
+    /// The kept session or a new one. It is put back with [`Self::keep`] after success only: whatever was left open on it by an
+    /// error or a future that was dropped goes with it.
+    async fn session(&self) -> Result<Session> {
+        let kept = guard(&self.session).take().filter(|session| !session.is_closed());
+        match kept {
+            Some(session) => Ok(session),
+            None => connect(&self.endpoint, Side::Source, APPLICATION_NAME).await,
+        }
+    }
+
+    fn keep(&self, session: Session) {
+        *guard(&self.session) = Some(session);
+    }
+
+    /// A replication session on the server that was seen last.
+    async fn replication(&self) -> Result<ReplicationClient> {
+        let mut client = connect_replication(&self.endpoint, APPLICATION_NAME).await?;
+        let expected = guard(&self.system_identifier).clone();
+        if let Some(expected) = expected {
+            client.expect_system(&expected).await?;
+        }
+        Ok(client)
+    }
+
+    /// Makes a slot and takes its snapshot over, so that the replication session is free.
+    async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
+        let mut client = self.replication().await?;
+        let observer = self.session().await?;
+        let new = NewSlot { name, temporary, limit: self.creation_limit };
+        let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;
+        self.keep(observer);
+        let snapshot = PostgresSnapshot::import(&self.endpoint, APPLICATION_NAME, created.consistent_point, &created.snapshot_name).await?;
+        if temporary {
+            client.drop_slot(name).await?;
+        }
+        Ok(snapshot)
+    }
+
+    /// The slot as it is compared with the position once more: the server would silently begin at a later one.
+    async fn check_position(&self, session: &Session, from: Lsn) -> Result<()> {
+        let slot = &self.slot;
+        let Some(state) = slot::state(session, slot, &self.endpoint.database).await? else {
+            return Err(Error::stop(reason::CHECKPOINT_WITHOUT_SLOT, format!("slot {slot} is not on the source")));
+        };
+        if let Some(lost) = state.lost {
+            return Err(Error::stop(reason::SLOT_LOST, format!("the source has invalidated slot {slot} ({lost})")));
+        }
+        if state.confirmed > from {
+            let message = format!("slot {slot} was confirmed up to {}, after {from}: the changes between are gone", state.confirmed);
+            return Err(Error::stop(reason::CHECKPOINT_BEHIND_SLOT, message));
+        }
+        Ok(())
+    }
+}
+
+impl Source for PostgresSource {
+    type Position = Lsn;
+    type Snapshot = PostgresSnapshot;
+    type Log = PostgresLog;
+
+    async fn identity(&self) -> Result<SourceIdentity> {
+        // The name of a WAL file begins with its timeline; pg_control's may be that of an earlier checkpoint.
+        const IDENTITY: &str = "SELECT current_setting('server_version_num')::int4, pg_is_in_recovery(), system_identifier::text,
+            current_database()::text,
+            CASE WHEN NOT pg_is_in_recovery() THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int4::int8 END
+            FROM pg_control_system()";
+        let session = self.session().await?;
+        let row = answer(Side::Source, "identify the server", session.query_one(IDENTITY, &[])).await?;
+        self.keep(session);
+        let (version, is_standby): (i32, bool) = (row.get(0), row.get(1));
+        if version < OLDEST_VERSION {
+            let message = format!("the source is PostgreSQL {}; 14 is the oldest that can be read", version / 10_000);
+            return Err(Error::stop(reason::SERVER_UNSUPPORTED, message));
+        }
+        if is_standby {
+            // A failover may be on its way.
+            return Err(Error::retry(reason::SERVER_UNSUPPORTED, "the source is a standby; name the primary server"));
+        }
+        let identity = SourceIdentity { system_identifier: row.get(2), database: row.get(3), timeline: row.get(4) };
+        *guard(&self.system_identifier) = Some(identity.system_identifier.clone());
+        Ok(identity)
+    }
+
+    async fn tables(&self, selection: &Selection) -> Result<Vec<MappedTable>> {
+        let session = self.session().await?;
+        let server = server(&session).await?;
+        let tables = catalog::tables(&session, &server, selection).await?;
+        self.keep(session);
+        Ok(tables)
+    }
+
+    async fn fed(&self, tables: &[MappedTable]) -> Result<Vec<Fed>> {
+        let session = self.session().await?;
+        let fed = fed::fed(&session, tables).await?;
+        self.keep(session);
+        Ok(fed)
+    }
+
+    async fn publish(&self, tables: &[MappedTable]) -> Result<()> {
+        let session = self.session().await?;
+        let server = server(&session).await?;
+        publication::publish(&session, &server, &self.publication, &self.slot, tables).await?;
+        self.keep(session);
+        Ok(())
+    }
+
+    async fn published(&self) -> Result<Vec<QualifiedName>> {
+        let session = self.session().await?;
+        let server = server(&session).await?;
+        let published = publication::published(&session, &server, &self.publication).await?;
+        self.keep(session);
+        Ok(published)
+    }
+
+    async fn log_state(&self) -> Result<Option<LogState<Lsn>>> {
+        let session = self.session().await?;
+        let state = slot::state(&session, &self.slot, &self.endpoint.database).await?;
+        self.keep(session);
+        Ok(state)
+    }
+
+    async fn create_log(&self) -> Result<PostgresSnapshot> {
+        self.slot_with_snapshot(&self.slot, false).await
+    }
+
+    async fn drop_log(&self) -> Result<()> {
+        let session = self.session().await?;
+        slot::drop(&session, &self.endpoint, &self.slot).await?;
+        self.keep(session);
+        Ok(())
+    }
+
+    async fn snapshot(&self) -> Result<PostgresSnapshot> {
+        let name = format!("sluice_tmp_{:016x}", rand::random::<u64>());
+        self.slot_with_snapshot(&name, true).await
+    }
+
+    async fn open(&self, from: &Lsn, tables: &[MappedTable], limits: BatchLimits) -> Result<PostgresLog> {
+        let client = self.replication().await?;
+        let session = self.session().await?;
+        self.check_position(&session, *from).await?;
+        // The claim on the target was made before: an old worker that may still be there can't write any more.
+        slot::release(&session, &self.endpoint, &self.slot).await?;
+        self.keep(session);
+        PostgresLog::start(client, &self.slot, &self.publication, *from, tables, binary_allowed(tables), limits).await
+    }
+
+    async fn left_timeline_at(&self, timeline: i64) -> Result<Option<Lsn>> {
+        let mut client = self.replication().await?;
+        let present = client.identify_system().await?.timeline;
+        // The first timeline has no history; nothing has left the present one.
+        if timeline >= present {
+            return Ok(None);
+        }
+        let rows = client.simple_query(&format!("TIMELINE_HISTORY {present}")).await?;
+        let content = rows.into_iter().next().and_then(|mut row| row.pop()).flatten();
+        let content = content.ok_or_else(|| errors::violation("TIMELINE_HISTORY: no content"))?;
+        Ok(switch_point(&content, timeline))
+    }
+
+    async fn head(&self) -> Result<Lsn> {
+        let session = self.session().await?;
+        let row = answer(Side::Source, "ask for the end of the log", session.query_one("SELECT pg_current_wal_lsn()::text", &[])).await?;
+        self.keep(session);
+        row.get::<_, &str>(0).parse().map_err(|error| Error::bug(format!("the end of the log: {error}")))
+    }
+
+    async fn mark(&self) -> Result<()> {
+        // It need not wait for a synchronous standby: the log is sent only after what the server itself demands.
+        const MARK: &str = "BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, 'sluice', ''); COMMIT";
+        let session = self.session().await?;
+        answer(Side::Source, "write a marker", session.batch_execute(MARK)).await?;
+        self.keep(session);
+        Ok(())
+    }
+
+    fn waiting(&self) -> Option<String> {
+        guard(&self.waiting).clone()
+    }
+}
+
+/// Where the history file says that a timeline was left: lines of timeline, position, reason (manual: "Timelines").
+fn switch_point(history: &str, timeline: i64) -> Option<Lsn> {
+    history.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let left: i64 = words.next()?.parse().ok()?;
+        (left == timeline).then(|| words.next()?.parse().ok()).flatten()
+    })
+}
+
+/// Version and role, which the rules need.
+async fn server(session: &Session) -> Result<Server> {
+    const SERVER: &str = "SELECT current_setting('server_version_num')::int4, current_user::text";
+    let row = answer(Side::Source, "identify the server", session.query_one(SERVER, &[])).await?;
+    Ok(Server { version: row.get(0), role: row.get(1) })
+}
+
+/// Bounds a statement and gives its failure class and reason. After an error the session must not be used again.
+pub(super) async fn answer<T>(side: Side, what: &str, statement: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T> {
+    match tokio::time::timeout(ANSWER_LIMIT, statement).await {
+        Ok(result) => result.map_err(|error| errors::classify(side, what, &error)),
+        Err(_) => Err(errors::lost(side, what, &format!("no answer within {ANSWER_LIMIT:?}"))),
+    }
+}
+
+/// What a panicking holder leaves is whole: each value is set in one step.
+fn guard<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn history_says_where_a_timeline_was_left() {
+        let history = "1\t0/3000158\tno recovery target specified\n\n# a comment\n2\t16/B374D848\tbefore 2026-01-01 00:00:00+00\n";
+        assert_eq!(switch_point(history, 1), Some(Lsn(0x300_0158)));
+        assert_eq!(switch_point(history, 2), Some("16/B374D848".parse().unwrap()));
+        assert_eq!(switch_point(history, 3), None);
+    }
+}

@@ -12,7 +12,7 @@ use super::load;
 use super::lsn::Lsn;
 use super::statements::is_reg;
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Owner, Range, SourceIdentity, StreamKey, Target};
+use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
 use crate::engine::table::{MappedTable, TableVersion};
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
@@ -52,12 +52,12 @@ impl Target for PostgresTarget {
     type Position = Lsn;
     type Applier = PostgresApplier;
 
-    async fn check(&self, source: &SourceIdentity, tables: &[MappedTable]) -> Result<()> {
+    async fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> Result<()> {
         let session = self.session("sluice check").await?;
         within(CHECK_LIMIT, "check the target", async {
             check_writable(&session).await?;
             let mode = choose_mode(&session).await?;
-            check::check(&session, &self.endpoint, &self.owner, source, tables, mode).await
+            check::check(&session, &self.endpoint, &self.owner, &check::Mapping { source, tables, fed }, mode).await
         })
         .await
     }

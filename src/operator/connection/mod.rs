@@ -1,1 +1,180 @@
-//! Source and Target.
+//! One controller for two kinds, Source and Target: is the database reached, and could a Mirror start?
+//!
+//! Invariants: a pass with nothing new writes nothing and opens no connection; an object and its Secrets stay until no Mirror uses
+//! them.
+
+#[cfg(test)]
+mod fake;
+mod inspections;
+mod policy;
+mod release;
+mod report;
+
+use super::apply::{self, Object};
+use super::context::Context;
+use super::databases::{self, Databases};
+use super::error::{ErrorClass, Result};
+use super::reconcile;
+use super::shutdown::Shutdown;
+use super::watch::{Watchable, any_change, beyond_status};
+use crate::connectors::postgres::connect::Side;
+use crate::resources::names::is_paused;
+use crate::resources::{Connection, ConnectionStatus, LocalRef, Mirror, Source, Target};
+use inspections::{FAILING, Inspections, jittered};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::controller::{Action, Controller};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::watcher;
+use kube::{Resource, ResourceExt as _};
+pub use policy::DeletionPolicy;
+use release::Releases;
+use report::{Failure, Observation, Outcome, Report};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+
+/// A kind that this controller serves.
+pub trait Kind: Object + Watchable + Connection + Serialize {
+    /// Which end of a Mirror it is.
+    const SIDE: Side;
+    /// Name of the controller in logs and metrics.
+    const CONTROLLER: &'static str;
+    /// Field of a Mirror that refers to it.
+    const REFERENCE: &'static str;
+}
+
+impl Kind for Source {
+    const SIDE: Side = Side::Source;
+    const CONTROLLER: &'static str = "source";
+    const REFERENCE: &'static str = "spec.sourceRef.name";
+}
+
+impl Kind for Target {
+    const SIDE: Side = Side::Target;
+    const CONTROLLER: &'static str = "target";
+    const REFERENCE: &'static str = "spec.targetRef.name";
+}
+
+/// What a pass needs beside the context.
+struct Shared {
+    inspections: Inspections,
+    releases: Releases,
+    policy: DeletionPolicy,
+}
+
+/// What is read of a Mirror: what it refers to. Never written back.
+#[derive(Resource, Clone, Debug, Deserialize)]
+#[resource(inherit = "Mirror")]
+struct SlimMirror {
+    metadata: ObjectMeta,
+    spec: References,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct References {
+    source_ref: LocalRef,
+    target_ref: LocalRef,
+}
+
+impl References {
+    fn name(&self, side: Side) -> &str {
+        match side {
+            Side::Source => &self.source_ref.name,
+            Side::Target => &self.target_ref.name,
+        }
+    }
+}
+
+/// Starts the controllers of Source and Target; they end when `shutdown` is cancelled, after their running passes.
+pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, databases: Arc<dyn Databases>) {
+    let shared =
+        Arc::new(Shared { inspections: Inspections::new(databases), releases: Releases::default(), policy: DeletionPolicy::default() });
+    control::<Source>(tasks, ctx, shutdown, &shared);
+    control::<Target>(tasks, ctx, shutdown, &shared);
+}
+
+fn control<K: Kind>(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, shared: &Arc<Shared>) {
+    let objects = ctx.watch::<K>(&watcher::Config::default());
+    let mirrors = ctx.watch::<SlimMirror>(&watcher::Config::default());
+    let (store, known) = (objects.store.clone(), objects.store.clone());
+    let controller = Controller::for_stream(objects.only(beyond_status()), store.clone())
+        .watches_stream(mirrors.only(any_change()), move |mirror| released_by(&mirror, &known));
+    let shared = shared.clone();
+    let pass = move |object: Arc<K>, ctx: Arc<Context>| {
+        let shared = shared.clone();
+        async move { reconcile(object.as_ref(), &ctx, &shared).await }
+    };
+    tasks.spawn(reconcile::run(K::CONTROLLER, controller, ctx.clone(), shutdown.clone(), pass));
+    tasks.spawn(reconcile::count_resources(ctx.clone(), store, K::CONTROLLER, is_ready::<K>, shutdown.clone()));
+}
+
+fn is_ready<K: Kind>(object: &K) -> bool {
+    object.connection_status().is_some_and(|status| status.is_ready(object.meta().generation))
+}
+
+/// The object that a change of `mirror` may set free: one of both is being deleted.
+fn released_by<K: Kind>(mirror: &SlimMirror, known: &Store<K>) -> Option<ObjectRef<K>> {
+    let object = ObjectRef::new(mirror.spec.name(K::SIDE)).within(&mirror.namespace()?);
+    let ends = |meta: &ObjectMeta| meta.deletion_timestamp.is_some();
+    (ends(mirror.meta()) || known.get(&object).is_some_and(|object| ends(object.meta()))).then_some(object)
+}
+
+/// Release, look, report.
+async fn reconcile<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Result<Action> {
+    let old = object.connection_status().cloned().unwrap_or_default();
+    let is_deleting = object.meta().deletion_timestamp.is_some();
+    if is_paused(object.meta()) && !is_deleting {
+        apply::patch_status(ctx, object, &report::paused(&old, object.meta().generation, Timestamp::now())).await?;
+        return Ok(Action::await_change());
+    }
+    let users = shared.releases.release_unless_used(ctx, object).await?;
+    if is_deleting && users.is_empty() {
+        return Ok(Action::await_change());
+    }
+    let (outcome, again) = look(object, ctx, shared).await?;
+    let observation = Observation {
+        generation: object.meta().generation,
+        old: &old,
+        outcome: &outcome,
+        protection: protection(object, ctx, shared).await,
+        users: if is_deleting { &users } else { &[] },
+    };
+    tell(object, ctx, report::report(observation, Timestamp::now())).await?;
+    Ok(Action::requeue(again))
+}
+
+/// What is known of the database, and when to look again.
+async fn look<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Result<(Outcome, Duration)> {
+    let namespace = object.namespace().unwrap_or_default();
+    match databases::resolve(ctx, &namespace, &object.connection()).await {
+        Ok(endpoint) => {
+            let uid = object.meta().uid.as_deref().unwrap_or_default();
+            Ok(shared.inspections.outcome(uid, K::SIDE, endpoint).await)
+        }
+        // Secrets are not watched; they are read again at this pace.
+        Err(error) if matches!(error.class, ErrorClass::Missing | ErrorClass::Invalid) => {
+            Ok((Outcome::Failed(Failure::from(error)), jittered(FAILING)))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn protection<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Option<Option<bool>> {
+    if object.connection().deletion_protection { Some(shared.policy.is_in_force(ctx).await) } else { None }
+}
+
+/// Writes the status; when that said something new, events tell of it.
+async fn tell<K: Kind>(object: &K, ctx: &Context, report: Report) -> Result<()> {
+    let Report { status, news } = report;
+    if !apply::patch_status::<K, ConnectionStatus>(ctx, object, &status).await? {
+        return Ok(());
+    }
+    let regarding = object.object_ref(&());
+    for event in news {
+        ctx.events.publish(&regarding, event.kind, event.reason, "Inspect", &event.note).await;
+    }
+    Ok(())
+}

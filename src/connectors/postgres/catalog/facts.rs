@@ -4,7 +4,7 @@ use crate::connectors::postgres::connect::{Session, Side};
 use crate::connectors::postgres::source::answer;
 use crate::engine::error::Result;
 use crate::engine::table::{Column, QualifiedName};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
@@ -105,17 +105,17 @@ impl Relation {
     pub fn is_table(&self) -> bool {
         matches!(self.kind, 'r' | 'p')
     }
-
-    /// The root of a partition tree.
-    #[must_use]
-    pub fn is_partitioned(&self) -> bool {
-        self.kind == 'p'
-    }
 }
 
 /// Which of these schemas exist.
 pub async fn schemas(session: &Session, names: &[&str]) -> Result<Vec<String>> {
     let rows = query(session, "look for schemas", "SELECT nspname::text FROM pg_namespace WHERE nspname = ANY($1)", &[&names]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// OIDs of all partitioned tables of the database.
+pub async fn partitioned(session: &Session) -> Result<HashSet<u32>> {
+    let rows = query(session, "read partitioned tables", "SELECT oid FROM pg_class WHERE relkind = 'p'", &[]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
@@ -195,7 +195,8 @@ async fn leaves(session: &Session, roots: &[u32]) -> Result<Vec<Row>> {
 
 /// The server takes an index as identity only when it is valid, unique, not deferrable and not partial
 /// (`RelationGetIndexList` in its source).
-const INDEXES: &str = "SELECT i.indrelid AS id, i.indisprimary AS is_primary, i.indisreplident AS is_identity, con.conname::text AS constraint_name,
+const INDEXES: &str =
+    "SELECT i.indrelid AS id, i.indisprimary AS is_primary, i.indisreplident AS is_identity, con.conname::text AS constraint_name,
     NOT i.indimmediate AS deferrable, i.indisvalid AND i.indisunique AND i.indimmediate AND i.indpred IS NULL AS usable,
     ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place)
           JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
@@ -283,7 +284,8 @@ fn leaf(row: &Row, indexes: &HashMap<u32, Vec<Row>>) -> Leaf {
 }
 
 fn column(row: &Row) -> RelationColumn {
-    let pair = |schema: &str, name: &str| Some(QualifiedName::new(row.get::<_, Option<String>>(schema)?, row.get::<_, Option<String>>(name)?));
+    let pair =
+        |schema: &str, name: &str| Some(QualifiedName::new(row.get::<_, Option<String>>(schema)?, row.get::<_, Option<String>>(name)?));
     RelationColumn {
         column: Column {
             name: row.get("name"),

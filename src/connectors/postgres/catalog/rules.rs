@@ -92,7 +92,8 @@ fn refuse_unknown_columns(relation: &Relation, wish: &Wish, server: &Server) -> 
         return Err(Error::stop(reason::COLUMN_MISSING, message));
     }
     if !wish.excluded.is_empty() && server.version < 150_000 {
-        let message = format!("excluding columns of {} needs PostgreSQL 15 on the source, which is {}", relation.name, server.version / 10_000);
+        let message =
+            format!("excluding columns of {} needs PostgreSQL 15 on the source, which is {}", relation.name, server.version / 10_000);
         return Err(Error::stop(reason::NEEDS_POSTGRESQL_15, message));
     }
     Ok(())
@@ -132,9 +133,7 @@ fn identity_cure(relation: &Relation) -> String {
 fn refuse_excluded_identity(relation: &Relation, wish: &Wish, key: &Key) -> Result<()> {
     let refuse = |why: String| Err(Error::stop(reason::EXCLUDED_COLUMN_IN_IDENTITY, format!("{}: {why}", relation.name)));
     match key {
-        Key::Full if !wish.excluded.is_empty() => {
-            refuse("no column can be excluded from a table with REPLICA IDENTITY FULL".into())
-        }
+        Key::Full if !wish.excluded.is_empty() => refuse("no column can be excluded from a table with REPLICA IDENTITY FULL".into()),
         Key::Columns(columns) => match wish.excluded.iter().find(|name| columns.contains(name)) {
             Some(name) => refuse(format!("column {} belongs to the replica identity and can't be excluded", quote_ident(name))),
             None => Ok(()),
@@ -162,7 +161,8 @@ fn refuse_generated_identity(relation: &Relation, key: &Key) -> Result<()> {
 /// name and must name rows by the root's identity.
 fn refuse_other_leaves(relation: &Relation, key: &Key) -> Result<()> {
     relation.leaves.iter().try_for_each(|leaf| {
-        refuse_storage(&leaf.name, leaf.kind, leaf.persistence).map_err(|error| error.context(format!("partition of {}", relation.name)))?;
+        refuse_storage(&leaf.name, leaf.kind, leaf.persistence)
+            .map_err(|error| error.context(format!("partition of {}", relation.name)))?;
         refuse_other_identity(relation, leaf, key)
     })
 }
@@ -218,7 +218,8 @@ fn refuse_generated_from_excluded(relation: &Relation, wish: &Wish) -> Result<()
     for column in kept {
         if let Some(used) = column.uses.iter().find(|used| wish.excluded.contains(used)) {
             let (generated, used) = (quote_ident(&column.column.name), quote_ident(used));
-            let message = format!("{}: generated column {generated} uses the excluded column {used}; exclude {generated} too", relation.name);
+            let message =
+                format!("{}: generated column {generated} uses the excluded column {used}; exclude {generated} too", relation.name);
             return Err(Error::stop(reason::INVALID_SPEC, message));
         }
     }
@@ -243,6 +244,7 @@ fn mapped(relation: &Relation, wish: &Wish, key: &Key) -> MappedTable {
             name: relation.name.clone(),
             columns: copied,
             identity: if *key == Key::Full { Identity::Full } else { Identity::Key },
+            differs: None,
         }),
         target: wish.target.clone(),
         generated,

@@ -1,7 +1,7 @@
 //! The stream of changes: a thread reads and decodes, one bounded buffer hands parts over, confirmations go back.
 //!
 //! The reader is a thread with a blocking socket and not a task, since a walsender sends row by row and a reader that is
-//! woken for each makes it slow; see [`reader`]. The thread also sends the standby status updates, whatever the consumer
+//! woken for each makes it slow (see reader.rs). The thread also sends the standby status updates, whatever the consumer
 //! does, so that a slow target never runs into `wal_sender_timeout`.
 //!
 //! Invariants: parts hold what [`crate::engine::batch::Part`] promises; only what was confirmed is reported to the server.

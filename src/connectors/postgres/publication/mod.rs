@@ -13,6 +13,7 @@ use super::sql::{qualified, quote_ident, quote_literal};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::{MappedTable, QualifiedName};
 use plan::{Plan, Published, PublishedTable};
+use std::collections::HashSet;
 use std::time::Duration;
 
 /// How long one try waits for the locks. Longer than `deadlock_timeout` (1 s), after which an autovacuum gives way.
@@ -59,11 +60,11 @@ pub async fn published(session: &Session, server: &Server, name: &str) -> Result
 /// Drops the publication when it carries the mark of this slot. Returns whether it did.
 pub async fn drop_own(session: &Session, name: &str, slot: &str) -> Result<bool> {
     let what = format!("drop publication {name}");
-    let found = session.query_opt("SELECT FROM pg_publication WHERE pubname = $1 AND obj_description(oid, 'pg_publication') = $2", &[&name, &mark(slot)]);
-    if answer(Side::Source, &what, found).await?.is_none() {
+    const OWN: &str = "SELECT FROM pg_publication WHERE pubname = $1 AND obj_description(oid, 'pg_publication') = $2";
+    if answer(Side::Source, &what, session.query_opt(OWN, &[&name, &mark(slot)])).await?.is_none() {
         return Ok(false);
     }
-    answer(Side::Source, &what, session.batch_execute(&format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name)))).await?;
+    run(session, &what, &format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name))).await?;
     Ok(true)
 }
 
@@ -82,14 +83,15 @@ impl From<Error> for Attempt {
 
 async fn try_publish(session: &Session, server: &Server, name: &str, slot: &str, tables: &[MappedTable]) -> Result<(), Attempt> {
     let found = read(session, server, name).await?;
-    let plan = plan::plan(found.as_ref(), tables, &mark(slot))?;
+    let partitioned = facts::partitioned(session).await?;
+    let plan = plan::plan(found.as_ref(), tables, &partitioned, &mark(slot))?;
     if plan.is_nothing() {
         return Ok(());
     }
     // The time limit ends with the transaction.
     let begin = format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}", LOCK_TIMEOUT.as_millis());
     run(session, "begin", &begin).await?;
-    let done = change(session, server, name, slot, &plan).await;
+    let done = change(session, server, name, slot, &plan, &partitioned).await;
     // A transaction that can't be ended is ended by the server when the session goes, which it does after an error.
     let end = if done.is_ok() { "COMMIT" } else { "ROLLBACK" };
     let ended = run(session, "end", end).await;
@@ -97,8 +99,15 @@ async fn try_publish(session: &Session, server: &Server, name: &str, slot: &str,
     Ok(ended?)
 }
 
-async fn change(session: &Session, server: &Server, name: &str, slot: &str, plan: &Plan<'_>) -> Result<(), Attempt> {
-    lock(session, &plan.incoming).await?;
+async fn change(
+    session: &Session,
+    server: &Server,
+    name: &str,
+    slot: &str,
+    plan: &Plan<'_>,
+    partitioned: &HashSet<u32>,
+) -> Result<(), Attempt> {
+    lock(session, &plan.incoming, partitioned).await?;
     check(session, server, &plan.incoming).await?;
     for statement in statements(name, slot, plan) {
         run_locking(session, "publish", &statement).await?;
@@ -108,11 +117,13 @@ async fn change(session: &Session, server: &Server, name: &str, slot: &str, plan
 
 /// SHARE UPDATE EXCLUSIVE is what ALTER PUBLICATION itself takes: it goes together with users' reads and writes and excludes all
 /// that could change an identity (ALTER TABLE, DROP INDEX, ATTACH PARTITION). A partitioned table is locked with its partitions.
-async fn lock(session: &Session, tables: &[&MappedTable]) -> Result<(), Attempt> {
+async fn lock(session: &Session, tables: &[&MappedTable], partitioned: &HashSet<u32>) -> Result<(), Attempt> {
     if tables.is_empty() {
         return Ok(());
     }
-    let list: Vec<String> = tables.iter().map(|table| if table.is_partitioned { qualified(table.source()) } else { only(table.source()) }).collect();
+    let with_parts = |table: &MappedTable| partitioned.contains(&table.version.id);
+    let entry = |table: &&MappedTable| if with_parts(table) { qualified(table.source()) } else { only(table.source()) };
+    let list: Vec<String> = tables.iter().map(entry).collect();
     run_locking(session, "lock", &format!("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE", list.join(", "))).await
 }
 
@@ -192,7 +203,8 @@ async fn run_locking(session: &Session, what: &str, statement: &str) -> Result<(
 async fn read(session: &Session, server: &Server, name: &str) -> Result<Option<Published>> {
     let what = format!("read publication {name}");
     let (schemas, columns, filtered) = if server.version >= 150_000 {
-        let columns = "(SELECT array_agg(a.attname::text) FROM pg_attribute a WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[]))";
+        let columns =
+            "(SELECT array_agg(a.attname::text) FROM pg_attribute a WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[]))";
         ("EXISTS (SELECT FROM pg_publication_namespace s WHERE s.pnpubid = p.oid)", columns, "r.prqual IS NOT NULL")
     } else {
         ("false", "NULL::text[]", "false")

@@ -2,6 +2,7 @@
 
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::{MappedTable, QualifiedName};
+use std::collections::HashSet;
 
 /// A publication as it is.
 #[derive(Clone, Debug)]
@@ -41,8 +42,9 @@ impl Plan<'_> {
     }
 }
 
-/// Compares what is with what should be. `mark` is the comment of our own publication.
-pub fn plan<'a>(found: Option<&Published>, tables: &'a [MappedTable], mark: &str) -> Result<Plan<'a>> {
+/// Compares what is with what should be. `mark` is the comment of our own publication, `partitioned` the OIDs of partitioned
+/// tables.
+pub fn plan<'a>(found: Option<&Published>, tables: &'a [MappedTable], partitioned: &HashSet<u32>, mark: &str) -> Result<Plan<'a>> {
     let Some(found) = found else { return Ok(Plan { create: true, incoming: tables.iter().collect(), ..Plan::default() }) };
     let published = |table: &MappedTable| found.tables.iter().find(|published| published.id == table.version.id);
     // A table whose columns changed leaves and comes in again, in one transaction.
@@ -57,11 +59,12 @@ pub fn plan<'a>(found: Option<&Published>, tables: &'a [MappedTable], mark: &str
     if found.comment.as_deref() == Some(mark) && !found.everything {
         return Ok(plan);
     }
-    use_foreign(found, &plan, tables).map(|()| Plan::default())
+    let needs_root = tables.iter().any(|table| partitioned.contains(&table.version.id));
+    use_foreign(found, &plan, needs_root).map(|()| Plan::default())
 }
 
 /// Somebody else's publication is used as it is, or not at all.
-fn use_foreign(found: &Published, plan: &Plan<'_>, tables: &[MappedTable]) -> Result<()> {
+fn use_foreign(found: &Published, plan: &Plan<'_>, needs_root: bool) -> Result<()> {
     let names = |names: &mut dyn Iterator<Item = &QualifiedName>| names.map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let why = if let Some(owner) = found.comment.as_deref().filter(|comment| comment.starts_with("sluice:")) {
         format!("it belongs to another stream ({owner})")
@@ -69,7 +72,7 @@ fn use_foreign(found: &Published, plan: &Plan<'_>, tables: &[MappedTable]) -> Re
         "it publishes all tables of the database or of schemas".to_owned()
     } else if !found.all_operations {
         "it does not publish insert, update, delete and truncate".to_owned()
-    } else if !found.via_root && tables.iter().any(|table| table.is_partitioned) {
+    } else if !found.via_root && needs_root {
         "publish_via_partition_root is false".to_owned()
     } else if !plan.incoming.is_empty() {
         format!("{} not in it with the mapped columns and without filter", names(&mut plan.incoming.iter().map(|table| table.source())))
@@ -78,7 +81,10 @@ fn use_foreign(found: &Published, plan: &Plan<'_>, tables: &[MappedTable]) -> Re
     } else {
         return Ok(());
     };
-    Err(Error::stop(reason::INVALID_SPEC, format!("it was not made for this stream and does not fit: {why}; choose another publicationName")))
+    Err(Error::stop(
+        reason::INVALID_SPEC,
+        format!("it was not made for this stream and does not fit: {why}; choose another publicationName"),
+    ))
 }
 
 fn fits(published: &PublishedTable, table: &MappedTable) -> bool {
@@ -114,7 +120,7 @@ mod tests {
         let columns = ["id", "a", "b"].into_iter().filter(|name| !excluded.contains(name)).map(column).collect();
         let name = QualifiedName::new("public", format!("t{id}"));
         MappedTable {
-            version: Arc::new(TableVersion { id, name: name.clone(), columns, identity: Identity::Key }),
+            version: Arc::new(TableVersion { id, name: name.clone(), columns, identity: Identity::Key, differs: None }),
             target: name,
             generated: Vec::new(),
             excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
@@ -122,7 +128,6 @@ mod tests {
             primary_key_name: None,
             estimated_rows: 0,
             blocks: 0,
-            is_partitioned: false,
         }
     }
 
@@ -142,7 +147,7 @@ mod tests {
     #[test]
     fn a_missing_one_is_made() {
         let tables = [table(1, &[])];
-        let plan = plan(None, &tables, "m").unwrap();
+        let plan = plan(None, &tables, &HashSet::new(), "m").unwrap();
         assert!(plan.create);
         assert_eq!(ids(&plan), (vec![1], vec![]));
     }
@@ -154,11 +159,11 @@ mod tests {
             Some("m"),
             vec![published(1, None), published(2, Some(&["a", "id"])), published(3, Some(&["a", "b", "id"])), published(5, None)],
         );
-        let changes = plan(Some(&found), &tables, "m").unwrap();
+        let changes = plan(Some(&found), &tables, &HashSet::new(), "m").unwrap();
         assert!(!changes.create && !changes.set_options);
         assert_eq!(ids(&changes), (vec![3, 4], vec!["t3".into(), "t5".into()]));
         let found = publication(Some("m"), vec![published(1, None)]);
-        assert!(plan(Some(&found), &tables[..1], "m").unwrap().is_nothing());
+        assert!(plan(Some(&found), &tables[..1], &HashSet::new(), "m").unwrap().is_nothing());
     }
 
     #[test]
@@ -166,7 +171,7 @@ mod tests {
         let tables = [table(1, &[])];
         let mut found = publication(Some("m"), vec![PublishedTable { filtered: true, ..published(1, None) }]);
         found.all_operations = false;
-        let plan = plan(Some(&found), &tables, "m").unwrap();
+        let plan = plan(Some(&found), &tables, &HashSet::new(), "m").unwrap();
         assert!(plan.set_options);
         assert_eq!(ids(&plan), (vec![1], vec!["t1".into()]));
     }
@@ -175,11 +180,11 @@ mod tests {
     fn a_users_publication_is_used_as_it_is_or_refused() {
         let tables = [table(1, &[]), table(2, &["b"])];
         let fitting = || publication(None, vec![published(1, Some(&["id", "a", "b"])), published(2, Some(&["id", "a"]))]);
-        assert!(plan(Some(&fitting()), &tables, "m").unwrap().is_nothing());
+        assert!(plan(Some(&fitting()), &tables, &HashSet::new(), "m").unwrap().is_nothing());
         let refused = |change: &dyn Fn(&mut Published)| {
             let mut found = fitting();
             change(&mut found);
-            plan(Some(&found), &tables, "m").unwrap_err().message
+            plan(Some(&found), &tables, &HashSet::new(), "m").unwrap_err().message
         };
         assert!(refused(&|found| found.comment = Some("sluice:other".into())).contains("another stream (sluice:other)"));
         assert!(refused(&|found| found.everything = true).contains("all tables"));
@@ -190,6 +195,8 @@ mod tests {
         // Without partitioned tables it does not matter under whose name rows of partitions come.
         let mut found = fitting();
         found.via_root = false;
-        assert!(plan(Some(&found), &tables, "m").unwrap().is_nothing());
+        assert!(plan(Some(&found), &tables, &HashSet::new(), "m").unwrap().is_nothing());
+        let error = plan(Some(&found), &tables, &HashSet::from([1]), "m").unwrap_err();
+        assert!(error.message.contains("publish_via_partition_root"), "{error}");
     }
 }

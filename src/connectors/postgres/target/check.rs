@@ -7,26 +7,27 @@ use super::super::sql::{qualified, quote_ident};
 use super::super::{ddl, load};
 use super::failed;
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::roles::{ApplyMode, Owner, SourceIdentity};
+use crate::engine::roles::{ApplyMode, Fed, Owner, SourceIdentity};
 use crate::engine::table::{MappedTable, QualifiedName};
 use std::collections::{BTreeSet, HashMap};
 
+/// What is mapped, and what the source says of it.
+pub(super) struct Mapping<'a> {
+    pub source: &'a SourceIdentity,
+    pub tables: &'a [MappedTable],
+    pub fed: &'a [Fed],
+}
+
 /// All checks, in an order in which the first failure is the most telling.
-pub(super) async fn check(
-    session: &Session,
-    endpoint: &Endpoint,
-    owner: &Owner,
-    source: &SourceIdentity,
-    tables: &[MappedTable],
-    mode: ApplyMode,
-) -> Result<()> {
-    let same_database = is_same_database(session, source).await?;
+pub(super) async fn check(session: &Session, endpoint: &Endpoint, owner: &Owner, mapping: &Mapping<'_>, mode: ApplyMode) -> Result<()> {
+    let &Mapping { source, tables, fed } = mapping;
+    let (system_identifier, database) = identity(session).await?;
+    let same_database = system_identifier == source.system_identifier && database == source.database;
     check_mapping(tables, same_database)?;
+    let local = fed.iter().filter(|fed| fed.system_identifier == system_identifier && fed.database == database);
+    check_no_circle(tables, local)?;
     if schema::version(session).await?.is_some() {
         check_written_by_others(session, owner, tables).await?;
-        if same_database {
-            check_not_mirrored(session, tables).await?;
-        }
     }
     let mut missing = Vec::new();
     for table in tables {
@@ -43,13 +44,13 @@ pub(super) async fn check(
     check_may_create(session, &missing, endpoint).await
 }
 
-/// Whether source and target are one database of one server.
-async fn is_same_database(session: &Session, source: &SourceIdentity) -> Result<bool> {
+/// System identifier and database of the target.
+async fn identity(session: &Session) -> Result<(String, String)> {
     let row = session
         .query_one("SELECT system_identifier::text, current_database()::text FROM pg_control_system()", &[])
         .await
         .map_err(failed("read the target's identity"))?;
-    Ok((row.get::<_, &str>(0), row.get::<_, &str>(1)) == (&source.system_identifier, &source.database))
+    Ok((row.get(0), row.get(1)))
 }
 
 fn check_mapping(tables: &[MappedTable], same_database: bool) -> Result<()> {
@@ -96,32 +97,18 @@ async fn check_written_by_others(session: &Session, owner: &Owner, tables: &[Map
     }
 }
 
-/// Source and target are one database: a source table that a Mirror writes there would feed on itself.
-async fn check_not_mirrored(session: &Session, tables: &[MappedTable]) -> Result<()> {
-    let (schemas, names) = names(tables.iter().map(MappedTable::source));
-    let row = session
-        .query_opt(
-            "SELECT target_schema, target_table, mirror_namespace, mirror_name
-             FROM _sluice.tables JOIN _sluice.streams USING (system_identifier, database, slot)
-             JOIN unnest($1::text[], $2::text[]) AS ours(schema, name) ON (target_schema, target_table) = (ours.schema, ours.name)
-             ORDER BY 1, 2 LIMIT 1",
-            &[&schemas, &names],
-        )
-        .await
-        .map_err(failed("look for mirrored source tables"))?;
-    match row {
-        None => Ok(()),
-        Some(row) => Err(Error::stop(
+/// Refuses a table whose rows come from the very table that it would be written to: each change would come round again.
+fn check_no_circle<'a>(tables: &[MappedTable], mut fed: impl Iterator<Item = &'a Fed>) -> Result<()> {
+    let circle = fed.find(|fed| tables.iter().any(|table| *table.source() == fed.table && table.target == fed.origin));
+    circle.map_or(Ok(()), |fed| {
+        Err(Error::stop(
             reason::TARGET_IS_MIRRORED,
             format!(
-                "source table {}.{} is itself written by Mirror {}/{}: mirror that Mirror's source instead",
-                row.get::<_, &str>(0),
-                row.get::<_, &str>(1),
-                row.get::<_, &str>(2),
-                row.get::<_, &str>(3)
+                "{} is written by Mirror {} from {}, to which this Mirror would write it back: each change would come round again",
+                fed.table, fed.owner, fed.origin
             ),
-        )),
-    }
+        ))
+    })
 }
 
 async fn check_privileges(session: &Session, table: &QualifiedName, role: &str) -> Result<()> {

@@ -1,0 +1,144 @@
+//! When a database is looked at again, and what was found last.
+//!
+//! Invariant: a pass costs the database a connection only when the way to it changed or its time has come.
+
+use super::report::{Failure, Outcome};
+use crate::connectors::postgres::connect::Side;
+use crate::connectors::postgres::endpoint::Endpoint;
+use crate::engine::error::{Error, reason};
+use crate::operator::databases::Databases;
+use rand::RngExt as _;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::{Instant, timeout};
+
+/// Pace while something fails or is missing.
+pub const FAILING: Duration = Duration::from_secs(60);
+/// Pace while nothing is missing.
+pub const FINE: Duration = Duration::from_secs(300);
+/// Longest time of one inspection; below the limit of a pass.
+const DEADLINE: Duration = Duration::from_secs(40);
+/// Entries that were due for this long belong to deleted objects.
+const FORGET_AFTER: Duration = Duration::from_secs(900);
+
+/// What was found, per object.
+pub struct Inspections {
+    databases: Arc<dyn Databases>,
+    known: Mutex<HashMap<String, Known>>,
+}
+
+#[derive(Clone)]
+struct Known {
+    /// The way that was taken, password included: another one is another question.
+    endpoint: Endpoint,
+    outcome: Outcome,
+    due: Instant,
+}
+
+impl Inspections {
+    /// Nothing is known yet.
+    pub fn new(databases: Arc<dyn Databases>) -> Self {
+        Self { databases, known: Mutex::default() }
+    }
+
+    /// What is known of the object `uid` by this way, and when to ask again. Looks at the database when the way is new or the time
+    /// has come.
+    pub async fn outcome(&self, uid: &str, side: Side, endpoint: Endpoint) -> (Outcome, Duration) {
+        if let Some(known) = self.remembered(uid, &endpoint) {
+            return (known.outcome, known.due.saturating_duration_since(Instant::now()));
+        }
+        let outcome = self.look(&endpoint, side).await;
+        let again = jittered(if outcome.is_settled() { FINE } else { FAILING });
+        self.remember(uid, Known { endpoint, outcome: outcome.clone(), due: Instant::now() + again });
+        (outcome, again)
+    }
+
+    async fn look(&self, endpoint: &Endpoint, side: Side) -> Outcome {
+        let too_late = || {
+            let place = format!("{}:{}", endpoint.host, endpoint.port);
+            Error::retry(reason::HOST_UNREACHABLE, format!("{place} did not answer within {} seconds", DEADLINE.as_secs()))
+        };
+        let result = timeout(DEADLINE, self.databases.inspect(endpoint, side)).await.unwrap_or_else(|_| Err(too_late()));
+        match result {
+            Ok(found) => Outcome::Inspected(found),
+            Err(error) => Outcome::Failed(Failure::from(&error)),
+        }
+    }
+
+    fn remembered(&self, uid: &str, endpoint: &Endpoint) -> Option<Known> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(uid).filter(|known| known.endpoint == *endpoint && known.due > Instant::now()).cloned()
+    }
+
+    fn remember(&self, uid: &str, new: Known) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, known| known.due.elapsed() < FORGET_AFTER);
+        known.insert(uid.to_owned(), new);
+    }
+}
+
+/// ± 20 %, so that databases on one server are not asked together.
+pub fn jittered(duration: Duration) -> Duration {
+    duration.mul_f64(0.8 + 0.4 * rand::rng().random::<f64>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::{FakeDatabases, endpoint, inspection};
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fine_database_is_left_alone_for_minutes() {
+        let fake = FakeDatabases::answering(Ok(inspection()));
+        let inspections = Inspections::new(fake.clone());
+        let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        assert_eq!(outcome, Outcome::Inspected(inspection()));
+        assert!((FINE.mul_f64(0.8)..=FINE.mul_f64(1.2)).contains(&again));
+        tokio::time::advance(Duration::from_secs(200)).await;
+        let (_, left) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        assert_eq!((fake.asked(), again.checked_sub(left)), (1, Some(Duration::from_secs(200))));
+        tokio::time::advance(Duration::from_secs(200)).await;
+        inspections.outcome("u", Side::Source, endpoint("a")).await;
+        assert_eq!(fake.asked(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_way_or_another_object_is_another_question() {
+        let fake = FakeDatabases::answering(Ok(inspection()));
+        let inspections = Inspections::new(fake.clone());
+        inspections.outcome("u", Side::Source, endpoint("old password")).await;
+        inspections.outcome("u", Side::Source, endpoint("new password")).await;
+        inspections.outcome("v", Side::Target, endpoint("new password")).await;
+        assert_eq!(fake.asked(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_is_looked_at_again_within_about_a_minute() {
+        let fake = FakeDatabases::answering(Err((true, reason::HOST_UNREACHABLE)));
+        let inspections = Inspections::new(fake.clone());
+        let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        assert!(matches!(outcome, Outcome::Failed(Failure { may_pass: true, reason: "HostUnreachable", .. })), "{outcome:?}");
+        assert!((FAILING.mul_f64(0.8)..=FAILING.mul_f64(1.2)).contains(&again));
+        fake.answer(Ok(inspection()));
+        tokio::time::advance(again).await;
+        let (outcome, _) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        assert!(outcome.is_settled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_never_answers_is_unreachable() {
+        let fake = FakeDatabases::silent();
+        let (outcome, _) = Inspections::new(fake).outcome("u", Side::Source, endpoint("a")).await;
+        assert!(matches!(outcome, Outcome::Failed(Failure { may_pass: true, reason: "HostUnreachable", .. })), "{outcome:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn deleted_objects_are_forgotten() {
+        let inspections = Inspections::new(FakeDatabases::answering(Ok(inspection())));
+        inspections.outcome("gone", Side::Source, endpoint("a")).await;
+        tokio::time::advance(FINE * 2 + FORGET_AFTER).await;
+        inspections.outcome("new", Side::Source, endpoint("a")).await;
+        assert_eq!(inspections.known.lock().expect("known").keys().collect::<Vec<_>>(), ["new"]);
+    }
+}
