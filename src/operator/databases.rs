@@ -8,7 +8,7 @@ use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret as Hidden, TlsMode};
-use crate::connectors::postgres::{cleanup, inspect};
+use crate::connectors::postgres::{cleanup, forget, inspect};
 use crate::engine;
 use crate::resources::common;
 use crate::resources::conditions::reason;
@@ -114,6 +114,10 @@ impl Databases for Postgres {
             Ok(CleanedUp { slot_dropped, publication_dropped })
         }
         .boxed()
+    }
+
+    fn forget_stream<'a>(&'a self, target: &'a Endpoint, slot: &'a str, mirror: &'a MirrorId) -> BoxFuture<'a, engine::error::Result<()>> {
+        forget::forget_stream(target, slot, &mirror.namespace, &mirror.name).boxed()
     }
 }
 

@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// Name of the container.
@@ -230,14 +230,6 @@ fn secret_volume(name: &str, secrets: &Secrets) -> Volume {
         projected: Some(ProjectedVolumeSource { default_mode: Some(FILE_MODE), sources: Some(sources) }),
         ..Volume::default()
     }
-}
-
-/// Names of the Secrets that a Deployment of ours mounts.
-pub fn mounted_secrets(deployment: &Deployment) -> BTreeSet<String> {
-    let pod = deployment.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
-    let volumes = pod.and_then(|pod| pod.volumes.as_ref()).into_iter().flatten();
-    let parts = volumes.filter_map(|volume| volume.projected.as_ref()?.sources.as_ref()).flatten();
-    parts.filter_map(|part| Some(part.secret.as_ref()?.name.clone())).collect()
 }
 
 /// The spec's, or ours. The request for storage is always there: it is the budget of the spill, and the kubelet evicts beyond it.

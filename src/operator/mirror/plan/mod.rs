@@ -6,7 +6,7 @@ mod deployment;
 mod desired;
 mod policy;
 
-pub use deployment::{Image, deployment, mounted_secrets, restart_hash};
+pub use deployment::{Image, deployment, restart_hash};
 pub use desired::{Live, config_map, document, last_good, numbered};
 pub use policy::{POLICY_NAME, network_policy};
 
@@ -38,6 +38,17 @@ pub fn name(mirror: &Mirror) -> &str {
 /// The Mirror's namespace.
 pub fn namespace(mirror: &Mirror) -> &str {
     mirror.metadata.namespace.as_deref().unwrap_or_default()
+}
+
+/// Whether an object belongs to this very Mirror.
+pub fn is_owned(meta: &ObjectMeta, mirror: &Mirror) -> bool {
+    owner_uid(meta).is_some_and(|owner| owner == uid(mirror))
+}
+
+/// Uid of the Mirror that an object belongs to.
+pub fn owner_uid(meta: &ObjectMeta) -> Option<&str> {
+    let owners = meta.owner_references.iter().flatten();
+    owners.into_iter().find(|owner| owner.controller == Some(true) && owner.kind == Mirror::kind(&())).map(|owner| owner.uid.as_str())
 }
 
 /// Metadata of a child.

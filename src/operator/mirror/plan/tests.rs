@@ -1,7 +1,7 @@
 //! What is planned, compared with files that people read in review.
 
 use super::*;
-use crate::operator::mirror::peer::{self, Peer, Side};
+use crate::operator::mirror::peer::{self, Peer};
 use crate::operator::mirror::validate;
 use crate::operator::mirror::validate::tests::mirror;
 use crate::resources::{Source, Target};
@@ -146,11 +146,4 @@ fn the_image_is_the_mirrors_or_the_operators() {
     options.worker_image = "operator:2".into();
     assert_eq!(Image::of(&mirror(json!({"tables": [{"name": "a"}]})), &options).name, "operator:2");
     assert_eq!(Image::of(&mirror(json!({"tables": [{"name": "a"}], "worker": {"image": "own"}})), &options).name, "own");
-}
-
-#[test]
-fn mounted_secrets_are_found_again() {
-    let (_, deployment) = planned(&mirror(json!({"tables": [{"name": "users"}]})));
-    assert_eq!(mounted_secrets(&deployment).into_iter().collect::<Vec<_>>(), ["dw-ca", "dw-client", "dw-db", "shop-db"]);
-    assert_eq!(Peer::from(&peer::tests::source()).side, Side::Source);
 }
