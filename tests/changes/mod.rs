@@ -3,7 +3,7 @@
 
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
-use sluice::engine::roles::{Owner, StreamKey};
+use sluice::engine::roles::{Claim, Owner, StreamKey};
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -17,7 +17,7 @@ pub enum Value {
     Binary(Vec<u8>),
 }
 
-pub fn text(value: impl ToString) -> Value {
+pub fn text(value: impl std::fmt::Display) -> Value {
     Value::Text(value.to_string())
 }
 
@@ -164,6 +164,10 @@ pub fn all(_: u32, _: usize) -> bool {
 
 pub fn key(slot: &str) -> StreamKey {
     StreamKey { system_identifier: "7000000000000000001".into(), database: "shop".into(), slot: slot.into() }
+}
+
+pub fn claim(slot: &str, epoch: i64) -> Claim {
+    Claim { key: key(slot), epoch }
 }
 
 pub fn owner(name: &str) -> Owner {

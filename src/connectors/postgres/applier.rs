@@ -192,7 +192,12 @@ impl PostgresApplier {
     /// Rows come under the versions that were prepared. Under another one they can be skipped, not written.
     fn check_versions(&self, batch: &Batch, due: &(dyn Fn(u32, usize) -> bool + Send + Sync)) -> Result<()> {
         for (version, number) in batch.tables().iter().zip(0u32..) {
-            let Some(difference) = &version.differs else { continue };
+            let Some(writer) = self.writers.get(&version.id) else { continue };
+            let difference = match &version.differs {
+                Some(difference) => difference.as_str(),
+                None if writer.version.columns == version.columns => continue,
+                None => "its columns are not those that were prepared",
+            };
             if batch.changes().iter().enumerate().any(|(index, change)| change.table == number && due(version.id, index)) {
                 return Err(Error::stop(reason::SCHEMA_CHANGED, format!("table {}: {difference}", version.name)));
             }

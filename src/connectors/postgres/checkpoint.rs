@@ -40,7 +40,7 @@ pub(super) async fn prepare_move(client: &Client) -> Result<Statement> {
 impl Claim {
     /// Proves, as a transaction's last statement, that the claim still holds. Copied ranges may do so at the same time
     /// as the stream moves its position: `KEY SHARE` conflicts with a claim's `FOR UPDATE` only.
-    pub async fn check(&self, client: &Client) -> Result<()> {
+    pub(super) async fn check(&self, client: &Client) -> Result<()> {
         let key = &self.key;
         let found = client
             .query_opt(
@@ -57,7 +57,7 @@ impl Claim {
     }
 
     /// Why a statement that is bound to the claim found no row.
-    pub async fn lost(&self, client: &Client, what: &str) -> Error {
+    pub(super) async fn lost(&self, client: &Client, what: &str) -> Error {
         let key = &self.key;
         let row = client
             .query_opt(
@@ -77,18 +77,18 @@ impl Claim {
     }
 
     /// Writes that the slot is about to be made.
-    pub async fn intend_log(&self, client: &Client) -> Result<()> {
+    pub(super) async fn intend_log(&self, client: &Client) -> Result<()> {
         self.update_stream(client, "log_intended = true", "position IS NULL", &[]).await
     }
 
     /// Writes the first position.
-    pub async fn initialize(&self, client: &Client, position: Lsn, timeline: i64) -> Result<()> {
+    pub(super) async fn initialize(&self, client: &Client, position: Lsn, timeline: i64) -> Result<()> {
         let set = "position = $5, timeline = $6, log_intended = false";
         self.update_stream(client, set, "position IS NULL", &[&position.to_string(), &timeline]).await
     }
 
     /// Writes another timeline.
-    pub async fn set_timeline(&self, client: &Client, timeline: i64) -> Result<()> {
+    pub(super) async fn set_timeline(&self, client: &Client, timeline: i64) -> Result<()> {
         self.update_stream(client, "timeline = $5", "position IS NOT NULL", &[&timeline]).await
     }
 
@@ -115,7 +115,7 @@ impl Claim {
     }
 
     /// The table's row, locked; `None` when it is unknown or was written into another target table.
-    pub async fn known_table(&self, client: &Client, table: &MappedTable) -> Result<Option<KnownTable>> {
+    pub(super) async fn known_table(&self, client: &Client, table: &MappedTable) -> Result<Option<KnownTable>> {
         let (key, source, target) = (&self.key, table.source(), &table.target);
         let row = client
             .query_opt(
@@ -130,7 +130,7 @@ impl Claim {
     }
 
     /// Writes a table as beginning its next copy; ranges of earlier ones are forgotten. Returns the generation.
-    pub async fn begin_table(&self, client: &Client, table: &MappedTable) -> Result<i64> {
+    pub(super) async fn begin_table(&self, client: &Client, table: &MappedTable) -> Result<i64> {
         self.own_target(client, table).await?;
         let (key, source, target) = (&self.key, table.source(), &table.target);
         let row = client
@@ -168,7 +168,7 @@ impl Claim {
     }
 
     /// Writes a table's state; a table that was never copied gets its row here.
-    pub async fn set_state(&self, client: &Client, table: &MappedTable, state: TableState, position: Option<Lsn>) -> Result<()> {
+    pub(super) async fn set_state(&self, client: &Client, table: &MappedTable, state: TableState, position: Option<Lsn>) -> Result<()> {
         self.own_target(client, table).await?;
         let (key, source, target) = (&self.key, table.source(), &table.target);
         client
@@ -197,7 +197,7 @@ impl Claim {
     }
 
     /// Tables that have been reached by the stream.
-    pub async fn join(&self, client: &Client, tables: &[QualifiedName]) -> Result<()> {
+    pub(super) async fn join(&self, client: &Client, tables: &[QualifiedName]) -> Result<()> {
         let key = &self.key;
         let (schemas, names) = columns_of(tables);
         let rows = client
@@ -217,7 +217,7 @@ impl Claim {
     }
 
     /// Forgets tables and their ranges.
-    pub async fn forget(&self, client: &Client, tables: &[QualifiedName]) -> Result<()> {
+    pub(super) async fn forget(&self, client: &Client, tables: &[QualifiedName]) -> Result<()> {
         let key = &self.key;
         let (schemas, names) = columns_of(tables);
         for place in ["tables", "ranges"] {
@@ -235,7 +235,7 @@ impl Claim {
     }
 
     /// Ranges done in a generation.
-    pub async fn done_ranges(&self, client: &Client, table: &QualifiedName, generation: i64) -> Result<Vec<i32>> {
+    pub(super) async fn done_ranges(&self, client: &Client, table: &QualifiedName, generation: i64) -> Result<Vec<i32>> {
         let key = &self.key;
         let rows = client
             .query(
@@ -250,7 +250,7 @@ impl Claim {
     }
 
     /// Writes a range as done, in the transaction that carries its rows.
-    pub async fn range_done(&self, client: &Client, table: &QualifiedName, generation: i64, number: i32, rows: i64) -> Result<()> {
+    pub(super) async fn range_done(&self, client: &Client, table: &QualifiedName, generation: i64, number: i32, rows: i64) -> Result<()> {
         let key = &self.key;
         let counted = client
             .execute(

@@ -170,7 +170,7 @@ pub async fn create(
     new: NewSlot<'_>,
     waiting: impl Fn(Option<String>),
 ) -> Result<CreatedSlot> {
-    let horizon = horizon(observer).await?;
+    let older = writers(observer).await?;
     let deadline = Instant::now() + new.limit;
     let mut create = std::pin::pin!(client.create_slot(new.name, new.temporary, true));
     let mut seen = None;
@@ -182,7 +182,7 @@ pub async fn create(
             }
             Err(_) if Instant::now() < deadline => {
                 // A look that fails says nothing about the slot.
-                seen = older_transactions(observer, new.name, &horizon).await.unwrap_or(seen);
+                seen = older_transactions(observer, new.name, &older).await.unwrap_or(seen);
                 waiting(seen.clone());
             }
             Err(_) => {
@@ -194,21 +194,23 @@ pub async fn create(
     }
 }
 
-/// The next transaction number, as 32 bits: what has a smaller one is older than the slot.
-async fn horizon(session: &Session) -> Result<String> {
-    const HORIZON: &str = "SELECT (pg_snapshot_xmax(pg_current_snapshot())::text::numeric % 4294967296)::text";
-    Ok(answer(Side::Source, "look for older transactions", session.query_one(HORIZON, &[])).await?.get(0))
+/// Numbers of the transactions that write now: a slot that is made after this waits for all of them.
+async fn writers(session: &Session) -> Result<Vec<String>> {
+    const WRITERS: &str =
+        "SELECT transactionid::text FROM pg_locks WHERE locktype = 'transactionid' AND granted AND mode = 'ExclusiveLock'";
+    let rows = answer(Side::Source, "look for older transactions", session.query(WRITERS, &[])).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// Says in words which transactions a slot that is being made waits for. They are found by the locks that they hold on their own
 /// numbers, which every role may see; who they are is seen only with the rights for `pg_stat_activity`. In its later phases the
-/// server also waits for some that began after it: those are found by the lock that it waits for.
-async fn older_transactions(session: &Session, slot: &str, horizon: &str) -> Result<Option<String>> {
+/// server also waits for some that began after it: such a one is found by the lock that it waits for.
+async fn older_transactions(session: &Session, slot: &str, older: &[String]) -> Result<Option<String>> {
     let statement = format!(
         "WITH holders AS (
              SELECT DISTINCT ON (l.virtualtransaction) l.pid, l.transactionid FROM pg_locks l
              WHERE l.locktype = 'transactionid' AND l.granted AND l.mode = 'ExclusiveLock' AND l.pid IS DISTINCT FROM pg_backend_pid()
-               AND (age(l.transactionid) > age($1::text::xid) OR l.transactionid IN
+               AND (l.transactionid::text = ANY($1) OR l.transactionid IN
                     (SELECT w.transactionid FROM pg_locks w JOIN pg_replication_slots s ON s.active_pid = w.pid
                      WHERE s.slot_name = $2 AND NOT w.granted AND w.locktype = 'transactionid'))
              ORDER BY l.virtualtransaction, age(l.transactionid) DESC)
@@ -217,7 +219,7 @@ async fn older_transactions(session: &Session, slot: &str, horizon: &str) -> Res
          FROM holders h LEFT JOIN pg_stat_activity a ON a.pid = h.pid LEFT JOIN pg_prepared_xacts p ON h.pid IS NULL AND p.transaction = h.transactionid
          ORDER BY age(h.transactionid) DESC LIMIT {NAMED}"
     );
-    let rows = answer(Side::Source, "look for older transactions", session.query(&statement, &[&horizon, &slot])).await?;
+    let rows = answer(Side::Source, "look for older transactions", session.query(&statement, &[&older, &slot])).await?;
     let Some(first) = rows.first() else { return Ok(None) };
     let mut text = format!("slot {slot} waits for {} older transactions to end: ", first.get::<_, i64>(6));
     for (number, row) in rows.iter().enumerate() {

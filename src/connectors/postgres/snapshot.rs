@@ -17,7 +17,8 @@ use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BulkFormat, BulkStream, Range, Snapshot};
 use crate::engine::table::MappedTable;
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt as _, stream};
+use futures::StreamExt as _;
+use futures::stream::{self, Fuse};
 use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -64,6 +65,12 @@ impl PostgresSnapshot {
         Ok(Self { position, name, partitioned, holder, readers: Arc::new(readers) })
     }
 
+    /// The name under which any session of the database may import it, as long as it lives.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// One round trip: import the snapshot, lock the table as the copy will, see whether it is still what the snapshot knows.
     async fn enter(&self, session: &Session, table: &MappedTable) -> Result<()> {
         let is_partitioned = self.partitioned.contains(&table.version.id);
@@ -105,7 +112,7 @@ impl Snapshot for PostgresSnapshot {
         let statement = copy_statement(table, self.partitioned.contains(&table.version.id), range, format);
         let what = format!("copy {}", table.source());
         let copy = answer(Side::Source, &what, session.copy_out(&statement)).await?;
-        Ok(Box::pin(pieces(Reading { copy: Box::pin(copy), session, readers: Arc::clone(&self.readers), what })))
+        Ok(Box::pin(pieces(Reading { copy: Box::pin(copy.fuse()), session, readers: Arc::clone(&self.readers), what })))
     }
 
     async fn close(self) {}
@@ -129,7 +136,7 @@ impl Readers {
 
 /// A range on its way.
 struct Reading {
-    copy: Pin<Box<CopyOutStream>>,
+    copy: Pin<Box<Fuse<CopyOutStream>>>,
     session: Session,
     readers: Arc<Readers>,
     what: String,
@@ -191,7 +198,7 @@ fn split(blocks: u64, estimated_rows: u64, rows: u64) -> Vec<Range> {
     let last = i32::try_from(count - 1).unwrap_or(i32::MAX);
     (0..=last)
         .map(|number| {
-            let first = number.unsigned_abs() as u64 * width;
+            let first = u64::from(number.unsigned_abs()) * width;
             Range { number, blocks: Some((first, if number == last { END } else { first + width })) }
         })
         .collect()

@@ -293,7 +293,7 @@ fn key_columns(table: &MappedTable) -> Vec<usize> {
 }
 
 /// Types whose binary form is an OID (manual: "Object Identifier Types"), and their arrays.
-pub(super) fn is_reg(name: &QualifiedName) -> bool {
+fn is_reg(name: &QualifiedName) -> bool {
     name.schema == "pg_catalog" && name.name.trim_start_matches('_').starts_with("reg")
 }
 

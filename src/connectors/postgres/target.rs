@@ -10,10 +10,10 @@ use super::endpoint::Endpoint;
 use super::errors::classify;
 use super::load;
 use super::lsn::Lsn;
-use super::statements::is_reg;
+use super::pgoutput::binary_allowed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
-use crate::engine::table::{MappedTable, TableVersion};
+use crate::engine::table::{Column, MappedTable};
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
 
@@ -80,7 +80,7 @@ impl Target for PostgresTarget {
         let session = self.session("sluice check").await?;
         let present = within(CHECK_LIMIT, "read the target table", ddl::describe(&session, &table.target)).await?;
         Ok(match present {
-            Some(present) if binary_fits(&table.version, &present) => BulkFormat::PostgresBinary,
+            Some(present) if binary_fits(table, &present) => BulkFormat::PostgresBinary,
             _ => BulkFormat::PostgresText,
         })
     }
@@ -104,17 +104,11 @@ impl Target for PostgresTarget {
     }
 }
 
-/// Binary only if every column is of the same built-in type on both sides and none holds an OID that means another thing
-/// there (engine rule: a binary integer taken for a float corrupts silently).
-fn binary_fits(version: &TableVersion, present: &ddl::TargetTable) -> bool {
-    /// OIDs below this are fixed in the server's source (`FirstGenbkiObjectId`).
-    const FIRST_UNFIXED_OID: u32 = 10_000;
-    version.columns.iter().all(|column| {
-        column.type_name.schema == "pg_catalog"
-            && column.type_id < FIRST_UNFIXED_OID
-            && !is_reg(&column.type_name)
-            && present.column(&column.name).is_some_and(|target| target.type_name == column.type_name && target.has_binary)
-    })
+/// Binary only if every column is of the same built-in type on both sides, of a kind whose binary form means the same
+/// everywhere (engine rule: a binary integer taken for a float corrupts silently).
+fn binary_fits(table: &MappedTable, present: &ddl::TargetTable) -> bool {
+    let same = |column: &Column| present.column(&column.name).is_some_and(|target| target.type_name == column.type_name);
+    binary_allowed(std::slice::from_ref(table)) && table.version.columns.iter().all(same)
 }
 
 async fn check_writable(session: &Session) -> Result<()> {

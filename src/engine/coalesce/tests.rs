@@ -17,7 +17,7 @@ enum Value {
     Null,
 }
 
-fn text(value: impl ToString) -> Value {
+fn text(value: impl std::fmt::Display) -> Value {
     Value::Text(value.to_string())
 }
 

@@ -187,9 +187,8 @@ pub(super) fn copy_row(batch: &Batch, change: &Change, binary: bool, out: &mut B
 
 /// Escapes what means something in a text `COPY` (manual: COPY, "Text Format").
 fn escape(bytes: &[u8], out: &mut BytesMut) {
-    let special = |byte: &u8| matches!(byte, b'\\' | b'\n' | b'\r' | b'\t');
     let mut rest = bytes;
-    while let Some(place) = rest.iter().position(|byte| special(byte)) {
+    while let Some(place) = rest.iter().position(|byte| matches!(byte, b'\\' | b'\n' | b'\r' | b'\t')) {
         out.extend_from_slice(&rest[..place]);
         let letter = match rest[place] {
             b'\n' => b'n',

@@ -125,7 +125,7 @@ pub async fn read(session: &Session, filter: Filter<'_>) -> Result<Vec<Relation>
     let ids: Vec<u32> = relations.iter().map(|row| row.get("id")).collect();
     let leaves = leaves(session, &ids).await?;
     let with_leaves: Vec<u32> = ids.iter().copied().chain(leaves.iter().map(|row| row.get("id"))).collect();
-    let mut indexes = grouped(query(session, "read keys", INDEXES, &[&with_leaves]).await?);
+    let indexes = grouped(query(session, "read keys", INDEXES, &[&with_leaves]).await?);
     let mut columns = grouped(query(session, "read columns", COLUMNS, &[&ids]).await?);
     let mut leaves_of: HashMap<u32, Vec<Row>> = HashMap::new();
     for leaf in leaves {
@@ -135,14 +135,14 @@ pub async fn read(session: &Session, filter: Filter<'_>) -> Result<Vec<Relation>
     for row in relations {
         let id = row.get("id");
         let leaf_rows = leaves_of.remove(&id).unwrap_or_default();
-        let keys = indexes.remove(&id).unwrap_or_default();
+        let keys = indexes.get(&id).map(Vec::as_slice).unwrap_or_default();
         let (rows, blocks) = size(&row);
         read.push(Relation {
             id,
             name: name(&row),
             kind: letter(&row, "kind"),
             persistence: letter(&row, "persistence"),
-            identity: identity(letter(&row, "identity"), &keys),
+            identity: identity(letter(&row, "identity"), keys),
             columns: columns.remove(&id).unwrap_or_default().iter().map(column).collect(),
             primary_key: keys.iter().find(|key| key.get("is_primary")).map(primary_key),
             ancestors: row.get("ancestors"),

@@ -8,7 +8,7 @@ use tokio_postgres::Client;
 const VERSION: i32 = 1;
 
 /// Serializes creation among workers that begin at the same time ("sluice" in ASCII).
-const CREATION_LOCK: i64 = 0x73_6c75_6963_65;
+const CREATION_LOCK: i64 = 0x736c_7569_6365;
 
 const CREATE: &str = "
     CREATE SCHEMA IF NOT EXISTS _sluice;

@@ -146,7 +146,6 @@ mod tests {
             always_identity: false,
             from_extension: false,
             is_array: false,
-            has_binary: true,
             equality: Equality::Bytes,
             operator: "=".into(),
         }

@@ -32,8 +32,6 @@ pub(in super::super) struct TargetColumn {
     /// The type belongs to an extension, whose schema may differ between servers.
     pub from_extension: bool,
     pub is_array: bool,
-    /// The type can be sent and received in binary.
-    pub has_binary: bool,
     pub equality: Equality,
     /// The equality operator, for types whose operators are not in `pg_catalog`.
     pub operator: String,
@@ -188,7 +186,7 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
                     a.attgenerated <> '', a.attidentity = 'a', bn.nspname, b.typname, b.typtype::text,
                     coalesce(co.collisdeterministic, true),
                     EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'),
-                    b.typcategory = 'A', b.typsend <> 0 AND b.typreceive <> 0,
+                    b.typcategory = 'A',
                     (SELECT opn.nspname FROM pg_opclass oc JOIN pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
                        JOIN pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3
                          AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
@@ -207,7 +205,7 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
         .iter()
         .map(|row| {
             let base = QualifiedName::new(row.get::<_, String>(8), row.get::<_, String>(9));
-            let operator = match row.get::<_, Option<&str>>(15) {
+            let operator = match row.get::<_, Option<&str>>(14) {
                 Some(schema) if schema != "pg_catalog" => format!("OPERATOR({}.=)", quote_ident(schema)),
                 _ => "=".to_owned(),
             };
@@ -221,7 +219,6 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
                 always_identity: row.get(7),
                 from_extension: row.get(12),
                 is_array: row.get(13),
-                has_binary: row.get(14),
                 equality: equality(&base, row.get(10), row.get(11)),
                 operator,
             }
