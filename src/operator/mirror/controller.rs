@@ -7,7 +7,7 @@ use super::memory::Memory;
 use super::observe::{Observed, observe};
 use super::peer::Peer;
 use super::plan::{self, Live};
-use super::problem::{Problem, documented};
+use super::problem::Problem;
 use super::report::{self, Facts};
 use crate::operator::apply;
 use crate::operator::context::Context;
@@ -173,17 +173,9 @@ impl Mirrors {
             return Ok(());
         }
         let old = mirror.status.as_ref().map_or(&[][..], |status| &status.conditions);
-        let news = [kind::READY, kind::STALLED].into_iter().filter_map(|kind| conditions::transition(old, &status.conditions, kind));
-        let mut told = None;
-        for condition in news.filter(|condition| condition.type_ == kind::READY || condition.status == "True") {
-            if told.replace(&condition.reason) == Some(&condition.reason) {
-                continue;
-            }
-            let stalled = conditions::is_true(&status.conditions, kind::STALLED);
-            let progresses = conditions::is_true(&status.conditions, kind::RECONCILING) && status.last_error.is_none();
-            let calm = !stalled && (condition.status == "True" || progresses);
-            let event = if calm { EventKind::Normal } else { EventKind::Warning };
-            self.ctx.events.publish(&mirror.object_ref(&()), event, documented(&condition.reason), "Reconcile", &condition.message).await;
+        for news in report::news(old, status) {
+            let event = if news.calm { EventKind::Normal } else { EventKind::Warning };
+            self.ctx.events.publish(&mirror.object_ref(&()), event, news.reason, "Reconcile", news.message).await;
         }
         Ok(())
     }

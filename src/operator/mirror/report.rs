@@ -10,6 +10,7 @@ use super::problem::{Problem, documented};
 use crate::resources::conditions::{self, Finding, kind, reason};
 use crate::resources::{Mirror, MirrorStatus, Position, TableCounts, WorkerStatus};
 use crate::worker::contract::{Failure, Phase, Status};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
 
@@ -107,6 +108,36 @@ pub fn deleting(mirror: &Mirror, doing: &str, trouble: Option<&str>, now: Timest
     status.phase = Some("Deleting".to_owned());
     status.last_error = trouble.map(|trouble| conditions::cut(trouble.to_owned(), LAST_ERROR_LIMIT));
     status
+}
+
+/// What an event tells.
+#[derive(Debug, PartialEq, Eq)]
+pub struct News<'a> {
+    /// Nobody needs to look.
+    pub calm: bool,
+    /// That of the condition.
+    pub reason: &'static str,
+    /// That of the condition.
+    pub message: &'a str,
+}
+
+/// What changed between `old` and `status`: another status or reason of Ready, or a new reason to be stalled. Not another message.
+pub fn news<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
+    let stalled = conditions::is_true(&status.conditions, kind::STALLED);
+    let progresses = conditions::is_true(&status.conditions, kind::RECONCILING) && status.last_error.is_none();
+    let mut news: Vec<News<'a>> = vec![];
+    for name in [kind::READY, kind::STALLED] {
+        let Some(new) = conditions::get(&status.conditions, name).filter(|new| name == kind::READY || new.status == "True") else {
+            continue;
+        };
+        let is_old = conditions::get(old, name).is_some_and(|old| old.status == new.status && old.reason == new.reason);
+        let reason = documented(&new.reason);
+        if !is_old && news.iter().all(|told| told.reason != reason) {
+            let calm = name == kind::READY && (new.status == "True" || (progresses && !stalled));
+            news.push(News { calm, reason, message: &new.message });
+        }
+    }
+    news
 }
 
 fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {

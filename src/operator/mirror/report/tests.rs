@@ -204,3 +204,24 @@ fn long_errors_are_cut() {
     assert!(status.last_error.expect("an error").len() <= 1024);
     assert!(status.conditions.iter().all(|condition| condition.message.len() <= conditions::MESSAGE_LIMIT));
 }
+
+#[test]
+fn events_tell_of_transitions_once() {
+    let mirror = mirror(false);
+    let told =
+        |old: &MirrorStatus, new: &MirrorStatus| news(&old.conditions, new).iter().map(|news| (news.calm, news.reason)).collect::<Vec<_>>();
+    let none = MirrorStatus::default();
+    let copying = reported(&mirror, None, &answers("Copying", json!({})));
+    let further = reported(&mirror, None, &answers("Copying", json!({"rowsCopied": 99})));
+    let streaming = reported(&mirror, None, &answers("Streaming", json!({})));
+    let retrying = reported(&mirror, None, &answers("Retrying", failure("Retry", "SourceUnreachable")));
+    let stopped = reported(&mirror, None, &answers("Stopped", failure("Stop", "TableMissing")));
+    let wrong = reported(&mirror, Some(&Problem::stop(reason::INVALID_SPEC, "m")), &answers("Streaming", json!({})));
+    assert_eq!(told(&none, &copying), [(true, "Copying")]);
+    assert_eq!(told(&copying, &further), []);
+    assert_eq!(told(&further, &streaming), [(true, "Streaming")]);
+    assert_eq!(told(&streaming, &retrying), [(false, "SourceUnreachable")]);
+    assert_eq!(told(&streaming, &stopped), [(false, "TableMissing")]);
+    assert_eq!(told(&streaming, &wrong), [(false, "InvalidSpec")], "Ready stays");
+    assert_eq!(told(&wrong, &streaming), []);
+}
