@@ -152,6 +152,10 @@ pub struct ConnectionStatus {
     #[schemars(length(max = 64))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed_prerequisites: Vec<Prerequisite>,
+    /// Secrets that are kept by a finalizer while a Mirror uses this resource.
+    #[schemars(length(max = 16), inner(length(max = 253)), extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub protected_secrets: Vec<String>,
 }
 
 impl ConnectionStatus {

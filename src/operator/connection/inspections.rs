@@ -13,8 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
-/// Pace while something fails or is missing.
+/// Longest pace while something fails or is missing.
 pub const FAILING: Duration = Duration::from_secs(60);
+/// First pace after something has failed: what is applied together comes up together.
+const FIRST: Duration = Duration::from_secs(2);
 /// Pace while nothing is missing.
 pub const FINE: Duration = Duration::from_secs(300);
 /// Longest time of one inspection; below the limit of a pass.
@@ -34,6 +36,8 @@ struct Known {
     endpoint: Endpoint,
     outcome: Outcome,
     due: Instant,
+    /// In a row, by this way.
+    failures: u32,
 }
 
 impl Inspections {
@@ -49,9 +53,15 @@ impl Inspections {
             return (known.outcome, known.due.saturating_duration_since(Instant::now()));
         }
         let outcome = self.look(&endpoint, side).await;
-        let again = jittered(if outcome.is_settled() { FINE } else { FAILING });
-        self.remember(uid, Known { endpoint, outcome: outcome.clone(), due: Instant::now() + again });
+        let failures = if outcome.is_settled() { 0 } else { self.failures(uid, &endpoint).saturating_add(1) };
+        let again = jittered(pace(failures));
+        self.remember(uid, Known { endpoint, outcome: outcome.clone(), due: Instant::now() + again, failures });
         (outcome, again)
+    }
+
+    fn failures(&self, uid: &str, endpoint: &Endpoint) -> u32 {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(uid).filter(|known| known.endpoint == *endpoint).map_or(0, |known| known.failures)
     }
 
     async fn look(&self, endpoint: &Endpoint, side: Side) -> Outcome {
@@ -76,6 +86,15 @@ impl Inspections {
         known.retain(|_, known| known.due.elapsed() < FORGET_AFTER);
         known.insert(uid.to_owned(), new);
     }
+}
+
+fn pace(failures: u32) -> Duration {
+    if failures == 0 { FINE } else { (FIRST * 2u32.pow((failures - 1).min(8))).min(FAILING) }
+}
+
+/// Pace while a Secret is missing, by the age of what names it: it may be on its way.
+pub fn pace_of_missing(age: Duration) -> Duration {
+    jittered((age / 2).clamp(FIRST, FAILING))
 }
 
 /// ± 20 %, so that databases on one server are not asked together.
@@ -114,12 +133,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failure_is_looked_at_again_within_about_a_minute() {
+    async fn a_failure_is_looked_at_again_soon_and_then_every_minute() {
         let fake = FakeDatabases::answering(Err((true, reason::HOST_UNREACHABLE)));
         let inspections = Inspections::new(fake.clone());
         let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a")).await;
         assert!(matches!(outcome, Outcome::Failed(Failure { may_pass: true, reason: "HostUnreachable", .. })), "{outcome:?}");
+        assert!((FIRST.mul_f64(0.8)..=FIRST.mul_f64(1.2)).contains(&again));
+        let mut again = again;
+        for _ in 0..5 {
+            tokio::time::advance(again).await;
+            again = inspections.outcome("u", Side::Source, endpoint("a")).await.1;
+        }
         assert!((FAILING.mul_f64(0.8)..=FAILING.mul_f64(1.2)).contains(&again));
+        assert_eq!([0, 1, 2, 6, u32::MAX].map(|failures| pace(failures).as_secs()), [300, 2, 4, 60, 60]);
         fake.answer(Ok(inspection()));
         tokio::time::advance(again).await;
         let (outcome, _) = inspections.outcome("u", Side::Source, endpoint("a")).await;

@@ -18,9 +18,10 @@ use super::reconcile;
 use super::shutdown::Shutdown;
 use super::watch::{Watchable, any_change, beyond_status};
 use crate::connectors::postgres::connect::Side;
+use crate::resources::conditions::reason;
 use crate::resources::names::is_paused;
 use crate::resources::{Connection, ConnectionStatus, LocalRef, Mirror, Source, Target};
-use inspections::{FAILING, Inspections, jittered};
+use inspections::{Inspections, pace_of_missing};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::{Action, Controller};
@@ -28,12 +29,15 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
 pub use policy::DeletionPolicy;
-use release::Releases;
+use release::{Releases, Use};
 use report::{Failure, Observation, Outcome, Report};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
+
+/// How long something that is referred to may be on its way.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A kind that this controller serves.
 pub trait Kind: Object + Watchable + Connection + Serialize {
@@ -134,7 +138,7 @@ async fn reconcile<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Resul
         apply::patch_status(ctx, object, &report::paused(&old, object.meta().generation, Timestamp::now())).await?;
         return Ok(Action::await_change());
     }
-    let users = shared.releases.release_unless_used(ctx, object).await?;
+    let Use { users, protected } = shared.releases.release_unless_used(ctx, object).await?;
     if is_deleting && users.is_empty() {
         return Ok(Action::await_change());
     }
@@ -145,6 +149,7 @@ async fn reconcile<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Resul
         outcome: &outcome,
         protection: protection(object, ctx, shared).await,
         users: if is_deleting { &users } else { &[] },
+        protected: &protected,
     };
     tell(object, ctx, report::report(observation, Timestamp::now())).await?;
     Ok(Action::requeue(again))
@@ -160,10 +165,20 @@ async fn look<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Result<(Ou
         }
         // Secrets are not watched; they are read again at this pace.
         Err(error) if matches!(error.class, ErrorClass::Missing | ErrorClass::Invalid) => {
-            Ok((Outcome::Failed(Failure::from(error)), jittered(FAILING)))
+            let age = age(object.meta());
+            let mut failure = Failure::from(error);
+            // What is applied together does not arrive together.
+            failure.may_pass = failure.reason == reason::SECRET_NOT_FOUND && age < PATIENCE;
+            Ok((Outcome::Failed(failure), pace_of_missing(age)))
         }
         Err(error) => Err(error),
     }
+}
+
+/// How long the object has been there.
+pub fn age(meta: &ObjectMeta) -> Duration {
+    let created = meta.creation_timestamp.as_ref().map_or_else(Timestamp::now, |time| time.0);
+    Timestamp::now().duration_since(created).try_into().unwrap_or_default()
 }
 
 async fn protection<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Option<Option<bool>> {

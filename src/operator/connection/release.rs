@@ -13,8 +13,7 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::api::ListParams;
 use kube::core::PartialObjectMeta;
 use kube::{Api, ResourceExt as _};
-use std::collections::{BTreeSet, HashMap};
-use std::sync::PoisonError;
+use std::collections::BTreeSet;
 use tokio::time::timeout;
 
 /// Mirrors that are named in messages; one more is asked for, to know that there are more.
@@ -24,37 +23,42 @@ const NAMED: usize = 10;
 #[derive(Debug, Default)]
 pub struct Releases {
     turn: tokio::sync::Mutex<()>,
-    /// Secrets that each object (by uid) named when it was last seen, while in use.
-    named: std::sync::Mutex<HashMap<String, BTreeSet<String>>>,
+}
+
+/// Who uses an object.
+#[derive(Debug, Default)]
+pub struct Use {
+    /// Names of Mirrors.
+    pub users: Vec<String>,
+    /// Secrets that carry the finalizer for it. Kept in its status: a Secret that the spec no longer names would otherwise be forgotten
+    /// when the operator restarts at that moment, and its namespace could never be deleted.
+    pub protected: BTreeSet<String>,
 }
 
 impl Releases {
-    /// Names of Mirrors that use `object`; when there are none, it and its Secrets are free.
+    /// Mirrors that use `object`; when there are none, it and its Secrets are free.
     ///
     /// # Errors
     /// As the API server answers.
-    pub async fn release_unless_used<K: Kind>(&self, ctx: &Context, object: &K) -> Result<Vec<String>> {
+    pub async fn release_unless_used<K: Kind>(&self, ctx: &Context, object: &K) -> Result<Use> {
         if !has_finalizer(object.meta(), IN_USE_FINALIZER) {
-            self.forget(object);
-            return Ok(vec![]);
+            return Ok(Use::default());
         }
         let users = users(ctx, object).await?;
         let secrets: BTreeSet<_> = object.connection().secret_names().into_iter().map(str::to_owned).collect();
-        let before = self.named_before(object);
+        let before = object.connection_status().map(|status| status.protected_secrets.iter().cloned().collect()).unwrap_or_default();
         if users.is_empty() {
             let _turn = self.turn.lock().await;
             self.release_secrets(ctx, object, &(&secrets | &before)).await?;
             apply::remove_finalizer(ctx, object, IN_USE_FINALIZER).await?;
-            self.forget(object);
-        } else {
-            let replaced = &before - &secrets;
-            if !replaced.is_empty() {
-                let _turn = self.turn.lock().await;
-                self.release_secrets(ctx, object, &replaced).await?;
-            }
-            self.remember(object, secrets);
+            return Ok(Use::default());
         }
-        Ok(users)
+        let replaced = &before - &secrets;
+        if !replaced.is_empty() {
+            let _turn = self.turn.lock().await;
+            self.release_secrets(ctx, object, &replaced).await?;
+        }
+        Ok(Use { users, protected: if ctx.options.protect_secrets { secrets } else { BTreeSet::new() } })
     }
 
     /// Frees those of `secrets` that no other object in use names.
@@ -72,21 +76,6 @@ impl Releases {
             }
         }
         Ok(())
-    }
-
-    fn named_before<K: Kind>(&self, object: &K) -> BTreeSet<String> {
-        let named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
-        object.meta().uid.as_ref().and_then(|uid| named.get(uid)).cloned().unwrap_or_default()
-    }
-
-    fn remember<K: Kind>(&self, object: &K, secrets: BTreeSet<String>) {
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
-        named.insert(object.meta().uid.clone().unwrap_or_default(), secrets);
-    }
-
-    fn forget<K: Kind>(&self, object: &K) {
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
-        named.remove(object.meta().uid.as_deref().unwrap_or_default());
     }
 }
 

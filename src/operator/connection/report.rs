@@ -8,6 +8,7 @@ use crate::resources::conditions::{self, Finding, MESSAGE_LIMIT, cut, kind, reas
 use crate::resources::{ConnectionStatus, Prerequisite};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
+use std::collections::BTreeSet;
 
 /// Prerequisites listed at most, as in the schema.
 const LISTED: usize = 64;
@@ -66,6 +67,8 @@ pub struct Observation<'a> {
     pub protection: Option<Option<bool>>,
     /// Mirrors that hold up the deletion, when it is being deleted.
     pub users: &'a [String],
+    /// Secrets that carry our finalizer for it.
+    pub protected: &'a BTreeSet<String>,
 }
 
 /// What is to be written.
@@ -93,6 +96,7 @@ pub fn report(seen: Observation<'_>, now: Timestamp) -> Report {
     let mut status = seen.old.clone();
     status.observed_generation = seen.generation;
     status.failed_prerequisites = vec![];
+    status.protected_secrets = seen.protected.iter().cloned().collect();
     let mut findings = match seen.outcome {
         Outcome::Inspected(found) => match changed_identity(seen.old, found) {
             Some(failure) => failed(&failure),

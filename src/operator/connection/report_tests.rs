@@ -10,7 +10,7 @@ fn at(second: i64) -> Timestamp {
 
 /// The report on `outcome` after `old`, with generation 2.
 fn after(old: &ConnectionStatus, outcome: &Outcome) -> Report {
-    report(Observation { generation: Some(2), old, outcome, protection: None, users: &[] }, at(0))
+    report(Observation { generation: Some(2), old, outcome, protection: None, users: &[], protected: &BTreeSet::new() }, at(0))
 }
 
 fn first(outcome: &Outcome) -> Report {
@@ -58,7 +58,9 @@ fn a_fine_database_is_ready_and_settled() {
     ];
     assert_eq!(words(&report), expected);
     assert_eq!(told(&report), [(EventKind::Normal, "Available")]);
-    let ConnectionStatus { observed_generation, conditions, server_version, system_identifier, failed_prerequisites } = report.status;
+    let ConnectionStatus { observed_generation, conditions, server_version, system_identifier, failed_prerequisites, protected_secrets } =
+        report.status;
+    assert!(protected_secrets.is_empty());
     assert_eq!((observed_generation, server_version.as_deref(), system_identifier.as_deref()), (Some(2), Some("17.2"), Some("7001")));
     assert!(failed_prerequisites.is_empty());
     assert!(conditions.iter().all(|condition| condition.observed_generation == Some(2)));
@@ -126,7 +128,8 @@ fn another_server_under_the_same_name_is_refused() {
 fn a_repeated_report_is_equal_and_tells_nothing() {
     for outcome in [fine(), lacking(false), failing(true, "HostUnreachable"), failing(false, "TlsFailed")] {
         let once = first(&outcome).status;
-        let observation = Observation { generation: Some(2), old: &once, outcome: &outcome, protection: None, users: &[] };
+        let observation =
+            Observation { generation: Some(2), old: &once, outcome: &outcome, protection: None, users: &[], protected: &BTreeSet::new() };
         let twice = report(observation, at(3600));
         assert_eq!(twice.status, once);
         assert!(twice.news.is_empty(), "{:?}", twice.news);
@@ -136,7 +139,9 @@ fn a_repeated_report_is_equal_and_tells_nothing() {
 #[test]
 fn protection_that_nothing_enforces_is_told() {
     let old = ConnectionStatus::default();
-    let with = |protection| report(Observation { generation: Some(1), old: &old, outcome: &fine(), protection, users: &[] }, at(0));
+    let with = |protection| {
+        report(Observation { generation: Some(1), old: &old, outcome: &fine(), protection, users: &[], protected: &BTreeSet::new() }, at(0))
+    };
     for (enforced, status, reason) in
         [(Some(true), "True", "PolicyInForce"), (Some(false), "False", "PolicyMissing"), (None, "Unknown", "PolicyMissing")]
     {
@@ -155,7 +160,12 @@ fn protection_that_nothing_enforces_is_told() {
 fn a_deletion_that_waits_names_the_mirrors_once() {
     let users = ["a".to_owned(), "b".to_owned()];
     let old = first(&fine()).status;
-    let observe = |old| report(Observation { generation: Some(2), old, outcome: &fine(), protection: None, users: &users }, at(9));
+    let observe = |old| {
+        report(
+            Observation { generation: Some(2), old, outcome: &fine(), protection: None, users: &users, protected: &BTreeSet::new() },
+            at(9),
+        )
+    };
     let waiting = observe(&old);
     let reconciling = get(&waiting.status.conditions, kind::RECONCILING).expect("the condition");
     assert_eq!((reconciling.status.as_str(), reconciling.reason.as_str()), ("True", "Deleting"));

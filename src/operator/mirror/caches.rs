@@ -1,6 +1,8 @@
 //! What the watches of this controller keep in memory.
 
+use super::peer::Peer;
 use super::plan;
+use super::sharing::is_same_server;
 use crate::operator::watch::{SlimDeployment, SlimPod};
 use crate::resources::names::{MIRROR_LABEL, MIRROR_UID_LABEL};
 use crate::resources::{LocalRef, Mirror, Source, Target};
@@ -47,6 +49,16 @@ impl Caches {
     /// The Mirror's Target.
     pub fn target(&self, mirror: &Mirror) -> Option<Arc<Target>> {
         self.targets.get(&ObjectRef::new(&mirror.spec.target_ref.name).within(plan::namespace(mirror)))
+    }
+
+    /// Another Mirror, of any namespace, that names the same slot of the same server and that `counts`. Names made from uids are not
+    /// looked for.
+    pub fn namesake(&self, mirror: &Mirror, counts: impl Fn(&Mirror) -> bool) -> Option<Arc<Mirror>> {
+        let slot = mirror.spec.slot_name.as_ref()?;
+        let own = Peer::from(self.source(mirror)?.as_ref());
+        let is_another = |other: &Mirror| other.spec.slot_name.as_ref() == Some(slot) && other.metadata.uid != mirror.metadata.uid;
+        let on_server = |other: &Mirror| self.source(other).is_some_and(|source| is_same_server(&own, &Peer::from(source.as_ref())));
+        self.mirrors.state().into_iter().find(|other| is_another(other) && counts(other) && on_server(other))
     }
 
     /// The Deployment that belongs to this very Mirror.

@@ -14,7 +14,7 @@ use crate::operator::databases;
 use crate::operator::error::{ErrorClass, OperatorError, Result};
 use crate::operator::poller::Polled;
 use crate::operator::watch::SlimDeployment;
-use crate::resources::names::{IN_USE_FINALIZER, MIRROR_FINALIZER, TOUCHED, worker_name};
+use crate::resources::names::{IN_USE_FINALIZER, MANAGED_BY, MANAGED_BY_LABEL, MIRROR_FINALIZER, TOUCHED, worker_name};
 use crate::resources::{Connection, Mirror, UpdatePolicy};
 use crate::worker::contract::{Desired, Phase};
 use k8s_openapi::api::apps::v1::Deployment;
@@ -121,6 +121,19 @@ impl Mirrors {
         let live = apply::get::<PartialObjectMeta<NetworkPolicy>>(&self.ctx, namespace, plan::POLICY_NAME).await?;
         apply::apply_if_changed(&self.ctx, &plan::network_policy(namespace), live.as_ref().map(|live| &live.metadata)).await?;
         self.memory.policies.put(namespace.to_owned(), ());
+        Ok(())
+    }
+
+    /// With the last Mirror of a namespace goes the NetworkPolicy for its workers.
+    pub async fn unprotect_network(&self, namespace: &str) -> Result<()> {
+        if !self.ctx.options.worker_network_policies {
+            return Ok(());
+        }
+        let live = apply::get::<PartialObjectMeta<NetworkPolicy>>(&self.ctx, namespace, plan::POLICY_NAME).await?;
+        let ours = live.filter(|live| live.labels().get(MANAGED_BY_LABEL).is_some_and(|by| by == MANAGED_BY));
+        if let Some(live) = ours {
+            apply::delete_if_exists::<NetworkPolicy>(&self.ctx, namespace, plan::POLICY_NAME, live.metadata.uid.as_deref()).await?;
+        }
         Ok(())
     }
 

@@ -61,22 +61,18 @@ impl Mirrors {
             forced: is_deletion_forced(&mirror.metadata),
             leftovers: leftovers.is_some(),
             elapsed: since_deletion(mirror),
-            bound: Duration::from_secs(60) * self.ctx.options.clean_up_minutes,
+            bound: self.bound(),
             deployment: remains.deployment.is_some(),
             pods: remains.pods.len(),
         };
         match (deletion::next(facts), leftovers) {
             (Step::StopWorker | Step::AwaitPods, _) => self.stop_worker(mirror, &remains).await,
             (Step::CleanUp, Some(leftovers)) => self.clean_up(mirror, &leftovers).await,
-            (Step::GiveUp, Some(leftovers)) => {
-                self.tell_what_stays(mirror, &leftovers, reason::SLOT_ORPHANED).await;
-                self.let_go(mirror).await
-            }
             (Step::Skip, Some(leftovers)) => {
                 self.tell_what_stays(mirror, &leftovers, reason::CLEANUP_SKIPPED).await;
                 self.let_go(mirror).await
             }
-            (Step::Release | Step::CleanUp | Step::GiveUp | Step::Skip, _) => self.let_go(mirror).await,
+            (Step::Release | Step::CleanUp | Step::Skip, _) => self.let_go(mirror).await,
         }
     }
 
@@ -113,6 +109,13 @@ impl Mirrors {
     }
 
     async fn clean_up(&self, mirror: &Mirror, leftovers: &Leftovers) -> Result<Action> {
+        // Two that were set up at the same moment: the one that stays keeps what both name.
+        let stays = |other: &Mirror| other.metadata.deletion_timestamp.is_none() && has_finalizer(&other.metadata, MIRROR_FINALIZER);
+        if let Some(other) = self.caches.namesake(mirror, stays) {
+            let whose = other.name_any();
+            warn!(slot = leftovers.slot, whose, "the slot stays, for another Mirror names it too");
+            return self.let_go(mirror).await;
+        }
         let trouble = match self.drop_leftovers(mirror, leftovers).await {
             Ok(()) => {
                 if leftovers.drop_slot {
@@ -122,11 +125,22 @@ impl Mirrors {
             }
             Err(trouble) => trouble,
         };
+        let bound = self.bound();
+        if deletion::is_over(since_deletion(mirror), bound) {
+            self.tell_what_stays(mirror, leftovers, reason::SLOT_ORPHANED).await;
+            return self.let_go(mirror).await;
+        }
         let doing = "slot and publication are being dropped on the source";
         warn!(slot = leftovers.slot, trouble, "the clean-up has failed and is tried again");
         self.write(mirror, &report::deleting(mirror, doing, Some(&trouble), Timestamp::now())).await?;
         let pause = self.ctx.backoff.failed(TRIES, plan::uid(mirror), ErrorClass::Transient);
-        Ok(Action::requeue(pause.min(LONGEST_PAUSE)))
+        // One try falls on the bound.
+        let left = bound.saturating_sub(since_deletion(mirror)).max(SOON);
+        Ok(Action::requeue(pause.min(LONGEST_PAUSE).min(left)))
+    }
+
+    fn bound(&self) -> Duration {
+        Duration::from_secs(60) * self.ctx.options.clean_up_minutes
     }
 
     /// The error is for people.
@@ -209,6 +223,7 @@ impl Mirrors {
         let is_other = |other: &Mirror| other.metadata.namespace == mirror.metadata.namespace && other.metadata.uid != mirror.metadata.uid;
         if !others.iter().any(|other| is_other(other)) {
             self.memory.forget_namespace(plan::namespace(mirror));
+            self.unprotect_network(plan::namespace(mirror)).await?;
         }
         apply::remove_finalizer(&self.ctx, mirror, MIRROR_FINALIZER).await?;
         Ok(Action::await_change())

@@ -9,7 +9,9 @@ use super::peer::Peer;
 use super::plan::{self, Live};
 use super::problem::Problem;
 use super::report::{self, Facts};
+use super::sharing::{self, has_it};
 use crate::operator::apply;
+use crate::operator::connection::{PATIENCE, age};
 use crate::operator::context::Context;
 use crate::operator::databases::Databases;
 use crate::operator::error::{ErrorClass, OperatorError, Result};
@@ -17,8 +19,8 @@ use crate::operator::events::EventKind;
 use crate::operator::reconcile::{self, requeue};
 use crate::operator::shutdown::Shutdown;
 use crate::operator::watch::{SlimDeployment, SlimPod, any_change, beyond_status};
-use crate::resources::conditions::{self, kind};
-use crate::resources::names::{self, MIRROR_LABEL, WORKER_SELECTOR, worker_name};
+use crate::resources::conditions::{self, kind, reason};
+use crate::resources::names::{self, MIRROR_FINALIZER, MIRROR_LABEL, WORKER_SELECTOR, has_finalizer, worker_name};
 use crate::resources::{Mirror, MirrorStatus, Source, Target};
 use crate::worker::contract::DESIRED_FILE;
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -83,6 +85,15 @@ pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, d
     tasks.spawn(reconcile::count_resources(Arc::clone(ctx), store, "Mirror", is_ready, shutdown.clone()));
 }
 
+/// What is applied together does not arrive together: what is missing may be on its way for a while.
+fn patient(mut intent: Intent, age: Duration) -> Intent {
+    let is_missing = |problem: &&mut Problem| [reason::SOURCE_NOT_FOUND, reason::TARGET_NOT_FOUND].contains(&problem.reason);
+    if let Some(problem) = intent.problem.as_mut().filter(is_missing) {
+        problem.needs_human = age >= PATIENCE;
+    }
+    intent
+}
+
 fn owner(deployment: &SlimDeployment) -> Option<ObjectRef<Mirror>> {
     Some(ObjectRef::new(deployment.labels().get(MIRROR_LABEL)?).within(&deployment.namespace()?))
 }
@@ -131,9 +142,15 @@ impl Mirrors {
     }
 
     fn plan(&self, mirror: &Mirror, children: &LiveChildren, live: &Live) -> Intent {
-        let found =
-            Found { source: children.source.as_ref(), target: children.target.as_ref(), live, exists: children.deployment.is_some() };
-        intend(mirror, &found, self.ctx.signing_keys.public_keys())
+        let exists = children.deployment.is_some();
+        if !has_finalizer(&mirror.metadata, MIRROR_FINALIZER)
+            && let Some(other) = self.caches.namesake(mirror, |other| has_it(other, mirror))
+        {
+            return Intent { desired: None, deploy: false, resumes: false, problem: Some(sharing::problem(mirror, &other)) };
+        }
+        let found = Found { source: children.source.as_ref(), target: children.target.as_ref(), live, exists };
+        let intent = intend(mirror, &found, self.ctx.signing_keys.public_keys());
+        if exists { intent } else { patient(intent, age(&mirror.metadata)) }
     }
 
     fn observe(&self, mirror: &Mirror) -> Observed {

@@ -35,10 +35,9 @@ pub enum Step {
     StopWorker,
     /// Look again when the pods have ended.
     AwaitPods,
-    /// Drop slot and publication.
+    /// Drop slot and publication. Whether a failure is the last one decides the clock afterwards: without a try nothing is given up, as
+    /// when no operator was there for longer than the bound.
     CleanUp,
-    /// Leave them and say so: the time is over.
-    GiveUp,
     /// Leave them and say so: somebody wants it.
     Skip,
     /// Let everything go.
@@ -51,17 +50,15 @@ pub fn next(facts: Facts) -> Step {
         Facts { forced: true, leftovers: true, .. } => Step::Skip,
         Facts { forced: true, .. } => Step::Release,
         Facts { deployment: true, .. } => Step::StopWorker,
-        Facts { elapsed, bound, leftovers, .. } if elapsed >= bound => {
-            if leftovers {
-                Step::GiveUp
-            } else {
-                Step::Release
-            }
-        }
         Facts { pods: 1.., elapsed, bound, .. } if elapsed < PODS.min(bound / 2) => Step::AwaitPods,
         Facts { leftovers: true, .. } => Step::CleanUp,
         _ => Step::Release,
     }
+}
+
+/// Whether a clean-up that has failed is given up.
+pub fn is_over(elapsed: Duration, bound: Duration) -> bool {
+    elapsed >= bound
 }
 
 /// What the Mirror's policy wants dropped; `None` when all stays.
@@ -112,8 +109,9 @@ mod tests {
     fn every_wait_is_bounded() {
         assert_eq!(next(Facts { pods: 1, elapsed: PODS, ..facts() }), Step::CleanUp, "a lost node");
         assert_eq!(next(Facts { pods: 1, elapsed: Duration::from_secs(30), bound: Duration::from_secs(60), ..facts() }), Step::CleanUp);
-        assert_eq!(next(Facts { elapsed: Duration::from_secs(600), ..facts() }), Step::GiveUp);
-        assert_eq!(next(Facts { elapsed: Duration::from_secs(600), pods: 1, ..facts() }), Step::GiveUp);
+        let late = Duration::from_secs(6000);
+        assert_eq!(next(Facts { elapsed: late, pods: 1, ..facts() }), Step::CleanUp, "one try, however late the operator is");
+        assert!(is_over(late, facts().bound) && !is_over(Duration::from_secs(599), facts().bound));
         assert_eq!(next(Facts { elapsed: Duration::from_secs(600), leftovers: false, pods: 1, ..facts() }), Step::Release);
     }
 

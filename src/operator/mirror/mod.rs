@@ -1,6 +1,6 @@
 //! The controller of Mirrors: resolve → validate → plan → apply → observe → report.
 //!
-//! The middle is pure: `peer`, `validate`, `intent`, `plan`, `rollout`, `observe`, `report`, `deletion`. Around it: `controller` (the
+//! The middle is pure: `peer`, `sharing`, `validate`, `intent`, `plan`, `rollout`, `observe`, `report`, `deletion`. Around it: `controller` (the
 //! loop), `children` (writes), `clean_up` (deletion), `caches` and `memory`.
 //!
 //! Invariants: nothing outside the cluster is made before the Mirror has its finalizer; no worker is made before all is well, and a running
@@ -19,6 +19,7 @@ pub mod plan;
 pub mod problem;
 pub mod report;
 pub mod rollout;
+pub mod sharing;
 pub mod validate;
 
 pub use controller::{CONTROLLER, spawn};

@@ -1,4 +1,4 @@
-//! The NetworkPolicy of a namespace with workers. It belongs to no single Mirror, and goes with its namespace.
+//! The NetworkPolicy of a namespace with workers. It belongs to no single Mirror, and goes with the last one.
 
 use crate::resources::names::{COMPONENT_LABEL, MANAGED_BY, MANAGED_BY_LABEL, WORKER};
 use crate::worker::contract::PORT;
