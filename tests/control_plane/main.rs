@@ -6,5 +6,7 @@ mod support;
 
 mod deletion;
 mod references;
+mod rights;
+mod safety;
 mod stage;
 mod workers;

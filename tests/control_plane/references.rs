@@ -14,7 +14,7 @@ async fn no_worker_is_made_before_all_is_well() {
     let stage = Stage::set().await;
     stage.mirror("orders", json!({})).await;
     stage.until("orders", "False", "SourceNotFound").await;
-    assert_eq!(stage.condition("orders", "Stalled").await, ("True".into(), "SourceNotFound".into()));
+    assert_eq!(stage.condition("orders", "Stalled").await.0, "False", "it may be on its way");
     stage.source(json!({"host": "down", "credentialsRef": {"name": "later"}})).await;
     stage.until("orders", "False", "SecretNotFound").await;
     stage.create::<Secret>(json!({"metadata": {"name": "later"}, "stringData": {"username": "u", "password": "p"}})).await;
@@ -62,7 +62,9 @@ async fn a_wrong_new_spec_stops_nothing() {
     // Even so it can be stopped.
     stage.patch::<Mirror>("orders", json!({"spec": {"suspend": true}})).await;
     stage.until("orders", "True", "Suspended").await;
-    assert!(worker.pushed().last().is_some_and(|pushed| pushed.suspend && Some(&pushed.tables) == before.as_ref().map(|before| &before.tables)));
+    assert!(
+        worker.pushed().last().is_some_and(|pushed| pushed.suspend && Some(&pushed.tables) == before.as_ref().map(|before| &before.tables))
+    );
 
     stage.patch::<Mirror>("orders", json!({"spec": {"suspend": null, "tables": [{"name": "users"}, {"name": "people"}]}})).await;
     stage.until("orders", "True", "Streaming").await;

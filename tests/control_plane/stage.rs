@@ -1,7 +1,7 @@
 //! A namespace of its own for each test, with both controllers at work in it.
 
 use crate::support::apiserver::ApiServer;
-use crate::support::eventually;
+use crate::support::{cache, eventually};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
@@ -14,6 +14,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -100,6 +101,8 @@ pub struct Stage {
     pub home: String,
     pub databases: Arc<FakeDatabases>,
     keys: SigningKeys,
+    /// The operator's service account at home; the admin when there is none.
+    account: Option<String>,
     operator: Option<Operator>,
 }
 
@@ -111,16 +114,31 @@ impl Stage {
 
     /// The same with other settings.
     pub async fn set_with(change: impl FnOnce(&mut Options)) -> Self {
+        let mut stage = Self::prepare().await;
+        stage.start_operator(change).await;
+        stage
+    }
+
+    /// The same with the operator under the service account and the rights that the chart gives it.
+    pub async fn set_under_the_chart() -> Self {
+        let mut stage = Self::prepare().await;
+        stage.account = Some(stage.apply_rights_of_the_chart().await);
+        stage.start_operator(|_| {}).await;
+        stage
+    }
+
+    async fn prepare() -> Self {
         let server = ApiServer::shared().await;
         server.install(crds::all()).await;
         let (namespace, home) = (server.namespace("mirror").await, server.namespace("operator").await);
         let client = server.client().await;
         let keys = SigningKeys::new(SigningKey::generate().expect("a key"), None);
-        let mut stage = Self { server, client, namespace, home, databases: Arc::default(), keys, operator: None };
+        let stage = Self { server, client, namespace, home, databases: Arc::default(), keys, account: None, operator: None };
         for name in ["source-login", "target-login"] {
-            stage.create::<Secret>(json!({"metadata": {"name": name}, "stringData": {"username": "u", "password": format!("of {name}")}})).await;
+            stage
+                .create::<Secret>(json!({"metadata": {"name": name}, "stringData": {"username": "u", "password": format!("of {name}")}}))
+                .await;
         }
-        stage.start_operator(change).await;
         stage
     }
 
@@ -130,13 +148,53 @@ impl Stage {
         let mut options = options(&self.home, &self.namespace);
         change(&mut options);
         let metrics = Metrics::default();
-        let client = bounded_client(self.server.config().await, &metrics).expect("a client");
+        let config = match &self.account {
+            Some(account) => self.server.config_as_service_account(&self.home, account).await,
+            None => self.server.config().await,
+        };
+        let client = bounded_client(config, &metrics).expect("a client");
         let ctx = Context::new(client, options, metrics.clone(), Health::default(), self.keys.clone()).expect("a context");
         let (shutdown, mut tasks) = (Shutdown::new(), JoinSet::new());
         connection::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
         mirror::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
         tasks.spawn(poller::run(ctx.poller.clone(), ctx.workers.clone(), ctx.metrics.clone(), shutdown.clone()));
         self.operator = Some(Operator { metrics, shutdown, tasks });
+    }
+
+    /// Makes what the chart makes of accounts and rights; returns the operator's account.
+    async fn apply_rights_of_the_chart(&self) -> String {
+        let mut account = None;
+        let chart = format!("{}/charts/sluice", env!("CARGO_MANIFEST_DIR"));
+        let helm = std::process::Command::new(cache().join("bin/helm"))
+            .args(["template", &self.home, &chart, "--namespace", &self.home, "--kube-version", "1.33.0", "--set", "crds.enabled=false"])
+            .output()
+            .expect("helm runs: `make deps` fetches it");
+        assert!(helm.status.success(), "{}", String::from_utf8_lossy(&helm.stderr));
+        for document in String::from_utf8_lossy(&helm.stdout).split("\n---\n") {
+            let object: Option<DynamicObject> = serde_yaml::from_str(document).expect("a manifest");
+            let Some(object) = object else { continue };
+            let types = object.types.clone().expect("a kind");
+            if !["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"].contains(&types.kind.as_str()) {
+                continue;
+            }
+            let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(&types).expect("a group"));
+            let api: Api<DynamicObject> = match object.namespace() {
+                Some(namespace) => Api::namespaced_with(self.client.clone(), &namespace, &resource),
+                None => Api::all_with(self.client.clone(), &resource),
+            };
+            api.patch(&object.name_any(), &PatchParams::apply("tests").force(), &Patch::Apply(&object)).await.expect("applied");
+            if types.kind == "ServiceAccount" {
+                account = Some(object.name_any());
+            }
+        }
+        account.expect("the chart makes an account")
+    }
+
+    /// Requests to the API server with these labels.
+    pub fn requests_with(&self, labels: &str) -> u64 {
+        let text = self.operator.as_ref().expect("an operator").metrics.encode().expect("text");
+        let lines = text.lines().filter(|line| line.starts_with("sluice_operator_api_requests_total{") && line.contains(labels));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
 
     /// Ends the operator after its running passes.
@@ -320,10 +378,7 @@ impl StubWorker {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let state = Arc::new(Mutex::new(StubState { desired, pushed: vec![], said: json!({}) }));
-        let router = Router::new()
-            .route("/v1/status", get(status))
-            .route("/v1/desired", put(put_desired))
-            .with_state(Arc::clone(&state));
+        let router = Router::new().route("/v1/status", get(status)).route("/v1/desired", put(put_desired)).with_state(Arc::clone(&state));
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await.expect("served") });
         Self { port, state, _server: Arc::new(server) }
@@ -406,4 +461,3 @@ fn connection(kind: &str, name: &str, side: &str, more: Value) -> Value {
     spec.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
     json!({"apiVersion": "sluice.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec})
 }
-

@@ -39,7 +39,9 @@ async fn a_mirror_gets_what_is_planned_and_shows_what_its_worker_says() {
     // All that deletion needs is held before anything can be made outside.
     assert!(holds::<Mirror>(&stage, "orders", MIRROR_FINALIZER).await);
     assert!(holds::<Source>(&stage, "shop", IN_USE_FINALIZER).await && holds::<Target>(&stage, "dw", IN_USE_FINALIZER).await);
-    assert!(holds::<Secret>(&stage, "source-login", IN_USE_FINALIZER).await && holds::<Secret>(&stage, "target-login", IN_USE_FINALIZER).await);
+    assert!(
+        holds::<Secret>(&stage, "source-login", IN_USE_FINALIZER).await && holds::<Secret>(&stage, "target-login", IN_USE_FINALIZER).await
+    );
 
     stage.until("orders", "False", "WorkerStarting").await;
     assert_eq!(stage.status("orders").await.phase.as_deref(), Some("Pending"));
@@ -110,7 +112,10 @@ async fn an_upgrade_of_the_operator_restarts_nothing() {
     // The next restart for another reason takes the new release.
     let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "1Gi"}});
     stage.patch::<Mirror>("orders", json!({"spec": {"worker": {"resources": resources}}})).await;
-    eventually(10, "the new template", async || image(&stage.get::<Deployment>("orders-worker").await.expect("the Deployment")) == "sluice:2").await;
+    eventually(10, "the new template", async || {
+        image(&stage.get::<Deployment>("orders-worker").await.expect("the Deployment")) == "sluice:2"
+    })
+    .await;
     let after = stage.get::<Deployment>("orders-worker").await.expect("the Deployment");
     assert_eq!(after.metadata.generation, before.metadata.generation.map(|generation| generation + 1), "one change of the template");
     stage.end().await;
