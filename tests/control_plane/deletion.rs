@@ -22,7 +22,10 @@ async fn deletion_drops_the_slot_and_lets_go() {
         let dropped = stage.databases.dropped.lock().expect("no panic");
         let [(endpoint, leftovers)] = dropped.as_slice() else { panic!("one clean-up, not {}", dropped.len()) };
         assert_eq!((endpoint.host.as_str(), endpoint.password.0.as_str()), ("source-db", "of source-login"));
-        assert_eq!((leftovers.slot.as_str(), leftovers.drop_slot, leftovers.publication.as_deref()), (slot.as_str(), true, Some("of_shop")));
+        assert_eq!(
+            (leftovers.slot.as_str(), leftovers.drop_slot, leftovers.publication.as_deref()),
+            (slot.as_str(), true, Some("of_shop"))
+        );
         assert_eq!(*stage.databases.forgotten.lock().expect("no panic"), [("target-db".to_owned(), slot)]);
     }
     let free = async || {
@@ -72,7 +75,10 @@ async fn force_skips_the_clean_up_and_leaves_a_note() {
     stage.patch::<Mirror>("orders", json!({"metadata": {"annotations": {FORCE_DELETE: "true"}}})).await;
     eventually(10, "the Mirror is gone", async || stage.is_gone::<Mirror>("orders").await).await;
     let notes = stage.notes_at_home("CleanupSkipped").await;
-    assert!(notes.len() == 1 && notes[0].contains("SELECT pg_drop_replication_slot('of_orders')") && notes[0].contains("source-db"), "{notes:?}");
+    assert!(
+        notes.len() == 1 && notes[0].contains("SELECT pg_drop_replication_slot('of_orders')") && notes[0].contains("source-db"),
+        "{notes:?}"
+    );
     assert_eq!(stage.counted("sluice_operator_orphaned_slots"), 1);
     stage.end().await;
 }

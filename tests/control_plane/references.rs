@@ -62,7 +62,9 @@ async fn a_wrong_new_spec_stops_nothing() {
     // Even so it can be stopped.
     stage.patch::<Mirror>("orders", json!({"spec": {"suspend": true}})).await;
     stage.until("orders", "True", "Suspended").await;
-    assert!(worker.pushed().last().is_some_and(|pushed| pushed.suspend && Some(&pushed.tables) == before.as_ref().map(|before| &before.tables)));
+    assert!(
+        worker.pushed().last().is_some_and(|pushed| pushed.suspend && Some(&pushed.tables) == before.as_ref().map(|before| &before.tables))
+    );
 
     stage.patch::<Mirror>("orders", json!({"spec": {"suspend": null, "tables": [{"name": "users"}, {"name": "people"}]}})).await;
     stage.until("orders", "True", "Streaming").await;

@@ -186,6 +186,7 @@ fn explained(ended: &Why) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // documents are written in place
 mod tests {
     use super::*;
     use crate::operator::poller::PollFailure;
