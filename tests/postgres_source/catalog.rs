@@ -1,4 +1,4 @@
-use super::{Database, mapped, on_each_version, refused, selection};
+use super::{Database, mapped, on_each_version, on_one_version, refused, selection};
 use sluice::engine::error::reason;
 use sluice::engine::roles::{SchemaSelection, Selection, Source as _, TableSelection};
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName};
@@ -9,8 +9,8 @@ on_each_version!(
     schemas_are_mapped_through_roots,
     what_can_not_be_followed_is_refused,
     what_can_not_be_read_is_refused,
-    sizes_come_from_the_file,
 );
+on_one_version!(sizes_come_from_the_file);
 
 fn names(columns: &[Column]) -> Vec<&str> {
     columns.iter().map(|column| column.name.as_str()).collect()

@@ -1,12 +1,13 @@
 use super::support::eventually;
-use super::{Database, mapped, on_each_version};
+use super::{Database, mapped, on_each_version, on_one_version};
 use sluice::connectors::postgres::cleanup::{CleanUp, Doomed, drop_slot_and_publication, drop_statement};
 use sluice::connectors::postgres::replication::connect_replication;
 use sluice::engine::error::reason;
 use sluice::engine::roles::{BatchLimits, ChangeLog as _, Snapshot as _, Source as _};
 use std::time::Duration;
 
-on_each_version!(a_worker_that_still_reads_is_ended, somebody_elses_reader_and_publication_stay, a_slot_in_the_making_goes);
+on_each_version!(a_worker_that_still_reads_is_ended, a_slot_in_the_making_goes);
+on_one_version!(somebody_elses_reader_and_publication_stay);
 
 async fn a_worker_that_still_reads_is_ended(major: u32) {
     let database = Database::new(major, "ending", "CREATE TABLE t(id int PRIMARY KEY)").await;

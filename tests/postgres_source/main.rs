@@ -127,3 +127,11 @@ macro_rules! on_each_version {
     };
 }
 use on_each_version;
+
+/// A test of what does not depend on the version.
+macro_rules! on_one_version {
+    ($($test:ident),* $(,)?) => {
+        mod postgres { $(#[tokio::test] async fn $test() { super::$test(15).await; })* }
+    };
+}
+use on_one_version;

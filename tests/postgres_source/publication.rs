@@ -1,5 +1,5 @@
 use super::support::eventually;
-use super::{Database, mapped, on_each_version};
+use super::{Database, mapped, on_each_version, on_one_version};
 use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::Source as _;
 use sluice::engine::table::QualifiedName;
@@ -7,10 +7,9 @@ use sluice::engine::table::QualifiedName;
 on_each_version!(
     holds_exactly_the_mapped_tables,
     changes_behind_the_catalog_are_caught_under_the_lock,
-    users_writes_go_on,
     a_users_publication_is_used_or_refused,
-    rights_of_the_owner_are_needed,
 );
+on_one_version!(users_writes_go_on, long_locks_are_waited_for_in_turns, rights_of_the_owner_are_needed);
 
 /// Tables, columns and options as the server shows them.
 async fn shown(database: &Database) -> String {
@@ -154,9 +153,8 @@ async fn users_writes_go_on(major: u32) {
 }
 
 /// A lock that is held for long makes us give way and come again.
-#[tokio::test]
-async fn long_locks_are_waited_for_in_turns() {
-    let database = Database::new(15, "long_locks", "CREATE TABLE t(id int PRIMARY KEY)").await;
+async fn long_locks_are_waited_for_in_turns(major: u32) {
+    let database = Database::new(major, "long_locks", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
     let user = database.server.connect(&database.name).await;

@@ -1,6 +1,8 @@
 use super::support::{Postgres, eventually};
-use super::{Database, mapped, on_each_version};
+use super::{Database, mapped, on_each_version, on_one_version};
 use sluice::connectors::postgres::Lsn;
+use sluice::connectors::postgres::connect::Side;
+use sluice::connectors::postgres::inspect::{Checks, inspect};
 use sluice::connectors::postgres::source::PostgresSource;
 use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::{BatchLimits, ChangeLog as _, Snapshot as _, Source as _};
@@ -15,6 +17,7 @@ on_each_version!(
     the_log_opens_where_it_is_told,
     limits_of_the_server_are_named,
 );
+on_one_version!(a_failover_is_followed);
 
 const LIMITS: BatchLimits = BatchLimits { rows: 1000, bytes: 1 << 20, delay: Duration::from_millis(5) };
 
@@ -154,7 +157,7 @@ async fn the_log_opens_where_it_is_told(major: u32) {
 }
 
 async fn limits_of_the_server_are_named(major: u32) {
-    let server = Postgres::start_with(major, &["max_replication_slots=1", "max_wal_senders=1", "max_connections=20"]);
+    let server = Postgres::start_with(major, &["max_replication_slots=1", "max_wal_senders=1", "max_slot_wal_keep_size=1MB"]);
     let endpoint = server.endpoint("postgres");
     let source = |slot: &str| PostgresSource::new(endpoint.clone(), slot, "p");
     let admin = server.connect("postgres").await;
@@ -173,7 +176,46 @@ async fn limits_of_the_server_are_named(major: u32) {
     drop(snapshot);
     let position = first.create_log().await.unwrap().position().to_owned();
     senders_gone().await;
-    let _log = first.open(&position, &[], LIMITS).await.unwrap();
+    let log = first.open(&position, &[], LIMITS).await.unwrap();
     let error = source("sluice_2").create_log().await.err().expect("no free sender");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_WAL_SENDER, Class::Retry), "{error}");
+    drop(log);
+    // The server throws away what the slot needs.
+    for _ in 0..3 {
+        admin.batch_execute("SELECT pg_logical_emit_message(false, 'x', 'x'); SELECT pg_switch_wal()").await.unwrap();
+    }
+    admin.batch_execute("CHECKPOINT").await.unwrap();
+    let state = first.log_state().await.unwrap().unwrap();
+    assert!(state.lost.is_some(), "{state:?}");
+    let error = first.open(&position, &[], LIMITS).await.err().expect("the slot is lost");
+    assert_eq!((error.reason, error.class), (reason::SLOT_LOST, Class::Stop), "{error}");
+}
+
+/// A standby is refused until it is promoted; then the old timeline is valid up to where it was left.
+async fn a_failover_is_followed(major: u32) {
+    let mut server = Postgres::start(major);
+    let endpoint = server.endpoint("postgres");
+    let source = PostgresSource::new(endpoint.clone(), "sluice_s", "p");
+    source.mark().await.unwrap();
+    let before = source.head().await.unwrap();
+    server.stop();
+    std::fs::write(server.data().join("standby.signal"), "").unwrap();
+    server.start_again();
+    // The session that was kept may break first.
+    eventually(10, "a standby is refused", async || {
+        let error = source.identity().await.unwrap_err();
+        assert_eq!(error.class, Class::Retry, "{error}");
+        error.reason == reason::SERVER_UNSUPPORTED
+    })
+    .await;
+    for (side, expected) in [(Side::Source, reason::SERVER_UNSUPPORTED), (Side::Target, reason::TARGET_READ_ONLY)] {
+        let found = inspect(&endpoint, side, Checks::default()).await.unwrap();
+        assert!(found.in_recovery && found.timeline.is_none());
+        assert_eq!(found.failed[0].name, expected);
+    }
+    server.connect("postgres").await.batch_execute("SELECT pg_promote()").await.unwrap();
+    assert_eq!(source.identity().await.unwrap().timeline, 2);
+    let left = source.left_timeline_at(1).await.unwrap().expect("timeline 1 is in the history");
+    assert!(before <= left && left <= source.head().await.unwrap(), "{before} ≤ {left}");
+    assert_eq!(source.left_timeline_at(2).await.unwrap(), None);
 }

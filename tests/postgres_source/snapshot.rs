@@ -1,5 +1,5 @@
 use super::support::eventually;
-use super::{Database, lines, mapped, on_each_version, read};
+use super::{Database, lines, mapped, on_each_version, on_one_version, read};
 use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::{BulkFormat, Range, Snapshot as _, Source as _};
 use std::sync::Arc;
@@ -10,10 +10,10 @@ on_each_version!(
     rows_beyond_the_planned_blocks_are_copied,
     partitioned_tables_are_copied_through_their_root,
     names_are_quoted_and_excluded_columns_stay,
-    pieces_are_large_and_sessions_are_used_again,
     a_rewritten_table_ends_the_snapshot,
     a_dead_holder_ends_the_snapshot,
 );
+on_one_version!(pieces_are_large_and_sessions_are_used_again);
 
 /// Rows as text, as an ordinary transaction that has imported the same snapshot sees them.
 async fn oracle(database: &Database, snapshot: &str, select: &str) -> Vec<String> {

@@ -95,9 +95,9 @@ impl Postgres {
             if let Some(status) = self.process.try_wait().expect("the server's state") {
                 panic!("postgres ended: {status}\n{}", self.log());
             }
-            // The postmaster writes "ready" into its pid file when it accepts connections.
+            // The postmaster writes "ready" (a standby: "standby") into its pid file when it accepts connections.
             let pid_file = std::fs::read_to_string(self.data().join("postmaster.pid")).unwrap_or_default();
-            if pid_file.lines().nth(7).is_some_and(|line| line.trim() == "ready") {
+            if pid_file.lines().nth(7).is_some_and(|line| matches!(line.trim(), "ready" | "standby")) {
                 return;
             }
             assert!(Instant::now() < deadline, "postgres is not ready\n{}", self.log());
