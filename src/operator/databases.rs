@@ -131,14 +131,14 @@ pub async fn resolve(ctx: &Context, namespace: &str, spec: &ConnectionSpec<'_>) 
     let reads = names.iter().map(|name| apply::get::<Secret>(ctx, namespace, name));
     let found = try_join_all(reads).await?;
     let secrets = names.into_iter().zip(found).filter_map(|(name, secret)| Some((name, secret?)));
-    endpoint(spec, &secrets.collect())
+    endpoint(namespace, spec, &secrets.collect())
 }
 
 /// The way to the database. `secrets` by name; a missing one was not found.
 ///
 /// # Errors
 /// As [`resolve`].
-pub fn endpoint(spec: &ConnectionSpec<'_>, secrets: &BTreeMap<&str, Secret>) -> Result<Endpoint> {
+pub fn endpoint(namespace: &str, spec: &ConnectionSpec<'_>, secrets: &BTreeMap<&str, Secret>) -> Result<Endpoint> {
     let text = |name: &str, key: &str| text(secrets, name, key);
     let login = |key| text(&spec.credentials_ref.name, key).map(|text| without_newline(&text).to_owned());
     let ca = |KeyRef { name, key }: &KeyRef| text(name, key);
@@ -147,6 +147,7 @@ pub fn endpoint(spec: &ConnectionSpec<'_>, secrets: &BTreeMap<&str, Secret>) -> 
     let seconds = u64::try_from(spec.connect_timeout_seconds).unwrap_or_default().max(1);
     Ok(Endpoint {
         host: spec.host.to_owned(),
+        domain: Some(format!("{namespace}.svc")),
         port,
         database: spec.database.to_owned(),
         username: login(USERNAME)?,
@@ -217,7 +218,7 @@ mod tests {
 
     #[test]
     fn an_endpoint_is_spec_and_secrets() {
-        let endpoint = endpoint(&source().connection(), &secrets()).expect("an endpoint");
+        let endpoint = endpoint("n", &source().connection(), &secrets()).expect("an endpoint");
         assert_eq!((endpoint.host.as_str(), endpoint.port, endpoint.database.as_str()), ("db", 5432, "shop"));
         assert_eq!((endpoint.username.as_str(), endpoint.password.0.as_str()), ("u", "hush"));
         assert_eq!((endpoint.tls, endpoint.ca.as_deref()), (TlsMode::VerifyFull, Some("CA\n")));
@@ -244,7 +245,7 @@ mod tests {
                     data.expect("data").remove(key).expect(key);
                 }
             }
-            let error = endpoint(&source().connection(), &secrets).expect_err(message);
+            let error = endpoint("n", &source().connection(), &secrets).expect_err(message);
             assert_eq!((error.class, error.reason, error.message.as_str()), (ErrorClass::Missing, reason, message));
         }
     }
@@ -254,10 +255,10 @@ mod tests {
         let mut secrets = secrets();
         let data = secrets.get_mut("login").and_then(|secret| secret.data.as_mut()).expect("data");
         data.insert("password".into(), ByteString(b"hush\xff".to_vec()));
-        let error = endpoint(&source().connection(), &secrets).expect_err("no text");
+        let error = endpoint("n", &source().connection(), &secrets).expect_err("no text");
         assert_eq!(error.reason, "SecretKeyMissing");
         assert!(!format!("{error:?}").contains("hush"));
-        let endpoint = endpoint(&source().connection(), &self::secrets()).expect("an endpoint");
+        let endpoint = endpoint("n", &source().connection(), &self::secrets()).expect("an endpoint");
         assert!(!format!("{endpoint:?}").contains("hush"));
     }
 }

@@ -79,6 +79,7 @@ pub fn postgres_endpoint(spec: &EndpointSpec, login: &Login) -> Result<Endpoint>
     }
     Ok(Endpoint {
         host: spec.host.clone(),
+        domain: None,
         port: spec.port,
         database: spec.database.clone(),
         username: login.username.clone(),

@@ -6,7 +6,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::ResourceExt as _;
 use serde_json::json;
-use sluice::resources::names::{FORCE_DELETE, default_slot_name};
+use sluice::resources::names::{FORCE_DELETE, IN_USE_FINALIZER, default_slot_name};
 use sluice::resources::{Mirror, Source};
 use std::sync::atomic::Ordering;
 
@@ -34,6 +34,12 @@ async fn deletion_drops_the_slot_and_lets_go() {
         source.finalizers().is_empty() && secret.finalizers().is_empty()
     };
     eventually(20, "Source and Secret are free", free).await;
+
+    // Another Mirror takes them up again.
+    stage.mirror("orders", json!({})).await;
+    eventually(20, "Source and Secret are held", async || !free().await && stage.get::<Deployment>("orders-worker").await.is_some()).await;
+    let secret = stage.get::<Secret>("source-login").await.expect("the Secret");
+    assert_eq!(secret.finalizers(), [IN_USE_FINALIZER]);
     stage.end().await;
 }
 

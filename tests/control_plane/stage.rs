@@ -45,7 +45,7 @@ use tokio::task::JoinSet;
 pub trait Kind: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned {}
 impl<K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned> Kind for K {}
 
-/// A server behind every host but `down`; nothing can be dropped while `broken`.
+/// One server behind every host but `down`; nothing can be dropped while `broken`.
 #[derive(Default)]
 pub struct FakeDatabases {
     pub broken: AtomicBool,
@@ -64,7 +64,7 @@ impl Databases for FakeDatabases {
     fn inspect<'a>(&'a self, endpoint: &'a Endpoint, _: Side) -> BoxFuture<'a, Result<Inspection>> {
         let found = match endpoint.host.as_str() {
             "down" => Err(Error::retry(reason::HOST_UNREACHABLE, "down:5432: connection refused")),
-            host => Ok(Inspection { server_version: "17.2".into(), system_identifier: format!("id of {host}"), failed: vec![] }),
+            _ => Ok(Inspection { server_version: "17.2".into(), system_identifier: "7001".into(), failed: vec![] }),
         };
         std::future::ready(found).boxed()
     }
@@ -247,11 +247,11 @@ impl Stage {
     }
 
     pub async fn source(&self, spec: Value) {
-        self.create::<Source>(connection("Source", "shop", "source", spec)).await;
+        self.create::<Source>(connection("Source", "shop", "source", &spec)).await;
     }
 
     pub async fn target(&self) {
-        self.create::<Target>(connection("Target", "dw", "target", json!({}))).await;
+        self.create::<Target>(connection("Target", "dw", "target", &json!({}))).await;
     }
 
     /// A Mirror of `public.users`, with more in its spec.
@@ -273,7 +273,7 @@ impl Stage {
     /// The same with a worker that streams and is known to.
     pub async fn streaming(&self, more: Value) -> StubWorker {
         let mirror = self.with_worker(more).await;
-        let worker = self.run_worker(&mirror).await;
+        let worker = self.run_worker(&mirror, json!({})).await;
         self.until("orders", "True", "Streaming").await;
         worker
     }
@@ -334,10 +334,12 @@ impl Stage {
         events.items.into_iter().filter(|event| event.reason.as_deref() == Some(reason)).filter_map(|event| event.note).collect()
     }
 
-    /// A pod of the Mirror's worker, as Deployment controller and kubelet would make it, and what runs in it.
-    pub async fn run_worker(&self, mirror: &Mirror) -> StubWorker {
+    /// A pod of the Mirror's worker, as Deployment controller and kubelet would make it, and what runs in it, with what is
+    /// different in its status.
+    pub async fn run_worker(&self, mirror: &Mirror, says: Value) -> StubWorker {
         let document = self.document().await.expect("a document");
         let worker = StubWorker::start(document).await;
+        worker.says(says);
         let name = format!("{}-worker-0", mirror.name_any());
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"name": name, "labels": worker_labels(&mirror.name_any(), &mirror.uid().expect("a uid"))},
@@ -454,7 +456,7 @@ fn options(home: &str, namespace: &str) -> Options {
     }
 }
 
-fn connection(kind: &str, name: &str, side: &str, more: Value) -> Value {
+fn connection(kind: &str, name: &str, side: &str, more: &Value) -> Value {
     let mut spec = json!({
         "engine": "PostgreSQL", "host": format!("{side}-db"), "database": "shop", "credentialsRef": {"name": format!("{side}-login")},
     });

@@ -45,23 +45,28 @@ async fn a_mirror_gets_what_is_planned_and_shows_what_its_worker_says() {
 
     stage.until("orders", "False", "WorkerStarting").await;
     assert_eq!(stage.status("orders").await.phase.as_deref(), Some("Pending"));
-    let worker = stage.run_worker(&mirror).await;
-    stage.until("orders", "True", "Streaming").await;
-    let status = stage.status("orders").await;
-    let running = status.worker.expect("a worker");
-    assert_eq!(running.address, Some(format!("127.0.0.1:{}", worker.port)));
-    assert_eq!((running.pod.as_deref(), running.image.as_deref(), running.epoch), (Some("orders-worker-0"), Some("sluice:test"), Some(1)));
-    assert_eq!((status.rows_copied, status.lag.as_deref(), status.observed_generation), (Some(7), Some("0 B, 0s"), Some(1)));
-    assert_eq!(status.tables.expect("tables").summary.as_deref(), Some("1/1"));
-
+    let copying = json!({"phase": "Copying", "streaming": false, "snapshotCompleted": false, "tables": {"Copying": 1, "Ready": 1}});
+    let worker = stage.run_worker(&mirror, copying).await;
+    stage.until("orders", "False", "Copying").await;
+    assert_eq!(stage.status("orders").await.tables.expect("tables").summary.as_deref(), Some("1/2"));
     // A failure that needs a human, and its end.
     worker.says(json!({"phase": "Stopped", "streaming": false,
         "error": {"class": "Stop", "reason": "PrivilegeMissing", "message": "no right to read public.users", "count": 1}}));
     stage.until("orders", "False", "PrivilegeMissing").await;
     assert_eq!(stage.condition("orders", "Stalled").await, ("True".into(), "PrivilegeMissing".into()));
     worker.says(json!({}));
+    // Whoever is told something is asked at once.
+    stage.patch::<Mirror>("orders", json!({"spec": {"stream": {"maxBatchRows": 7}}})).await;
     stage.until("orders", "True", "Streaming").await;
-    assert_eq!(stage.status("orders").await.last_error, None);
+    assert_eq!(worker.pushed().last().map(|pushed| pushed.stream.max_batch_rows), Some(7));
+
+    let status = stage.status("orders").await;
+    let running = status.worker.expect("a worker");
+    assert_eq!(running.address, Some(format!("127.0.0.1:{}", worker.port)));
+    assert_eq!((running.pod.as_deref(), running.image.as_deref(), running.epoch), (Some("orders-worker-0"), Some("sluice:test"), Some(1)));
+    assert_eq!((status.rows_copied, status.lag.as_deref(), status.observed_generation), (Some(7), Some("0 B, 0s"), Some(2)));
+    assert_eq!(status.tables.expect("tables").summary.as_deref(), Some("1/1"));
+    assert_eq!(status.last_error, None);
     stage.end().await;
 }
 
@@ -79,8 +84,11 @@ async fn suspend_reaches_the_worker_within_a_second() {
         let pushed = worker.pushed().pop().expect("a push");
         assert_eq!(pushed.suspend, suspend);
         assert_eq!(stage.document().await, Some(pushed.clone()), "file and call are the same");
-        let pod = stage.get::<Pod>("orders-worker-0").await.expect("the pod");
-        assert_eq!(pod.annotations().get(TOUCHED), Some(&pushed.generation.to_string()));
+        eventually(5, "the pod is touched", async || {
+            let pod = stage.get::<Pod>("orders-worker-0").await.expect("the pod");
+            pod.annotations().get(TOUCHED) == Some(&pushed.generation.to_string())
+        })
+        .await;
         stage.until("orders", "True", reason).await;
         assert_eq!(stage.condition("orders", "Suspended").await.0, if suspend { "True" } else { "False" });
         assert_eq!(stage.condition("orders", "Streaming").await.0, if suspend { "False" } else { "True" });
@@ -125,7 +133,7 @@ async fn an_upgrade_of_the_operator_restarts_nothing() {
 async fn a_resume_takes_the_new_release_and_immediate_does_not_wait() {
     let mut stage = Stage::set().await;
     let mirror = stage.with_worker(json!({"suspend": true})).await;
-    let _worker = stage.run_worker(&mirror).await;
+    let _worker = stage.run_worker(&mirror, json!({})).await;
     stage.until("orders", "True", "Suspended").await;
     let at = async |stage: &Stage| image(&stage.get::<Deployment>("orders-worker").await.expect("the Deployment"));
     stage.stop_operator().await;
@@ -179,7 +187,7 @@ async fn passes_without_a_change_write_nothing() {
 async fn a_failing_pod_is_explained() {
     let stage = Stage::set().await;
     let mirror = stage.with_worker(json!({})).await;
-    drop(stage.run_worker(&mirror).await);
+    drop(stage.run_worker(&mirror, json!({})).await);
     let crashed = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}], "containerStatuses": [{
         "name": "worker", "image": "sluice:test", "imageID": "", "ready": false, "restartCount": 5,
         "state": {"waiting": {"reason": "CrashLoopBackOff"}},

@@ -117,6 +117,7 @@ async fn silent_server() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = Endpoint {
         host: "127.0.0.1".into(),
+        domain: None,
         port: listener.local_addr().unwrap().port(),
         database: "d".into(),
         username: "u".into(),

@@ -141,6 +141,7 @@ impl Postgres {
     pub fn endpoint(&self, database: &str) -> sluice::connectors::postgres::Endpoint {
         sluice::connectors::postgres::Endpoint {
             host: "127.0.0.1".into(),
+            domain: None,
             port: self.port,
             database: database.into(),
             username: "postgres".into(),

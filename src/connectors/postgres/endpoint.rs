@@ -35,6 +35,9 @@ impl fmt::Debug for Secret {
 pub struct Endpoint {
     /// Host name or address.
     pub host: String,
+    /// Domain that a host name without a dot is looked up in first. A worker runs beside the Service that it names; whoever
+    /// connects from another namespace must look there too. The certificate must name `host` all the same.
+    pub domain: Option<String>,
     /// TCP port.
     pub port: u16,
     /// Database.

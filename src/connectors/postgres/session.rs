@@ -90,6 +90,7 @@ mod tests {
     fn endpoint(parameters: &[(&str, &str)]) -> Endpoint {
         Endpoint {
             host: "localhost".into(),
+            domain: None,
             port: 5432,
             database: "d".into(),
             username: "u".into(),

@@ -67,6 +67,7 @@ pub fn inspection() -> Inspection {
 pub fn endpoint(password: &str) -> Endpoint {
     Endpoint {
         host: "db".into(),
+        domain: None,
         port: 5432,
         database: "shop".into(),
         username: "u".into(),

@@ -157,8 +157,7 @@ fn handshake_failed(endpoint: &Endpoint, error: &io::Error) -> Error {
 
 /// The first address of the host that answers, in the resolver's order; each gets its share of the time.
 async fn dial(endpoint: &Endpoint) -> Result<TcpStream> {
-    let resolved = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port)).await;
-    let addresses: Vec<SocketAddr> = resolved.map_err(|error| unreachable(endpoint, error))?.collect();
+    let addresses = look_up(endpoint).await.map_err(|error| unreachable(endpoint, error))?;
     let share = endpoint.connect_timeout / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX);
     let mut last = unreachable(endpoint, "the name has no address");
     for address in addresses {
@@ -172,6 +171,16 @@ async fn dial(endpoint: &Endpoint) -> Result<TcpStream> {
         }
     }
     Err(last)
+}
+
+async fn look_up(endpoint: &Endpoint) -> io::Result<Vec<SocketAddr>> {
+    let Endpoint { host, port, domain, .. } = endpoint;
+    if let Some(domain) = domain.as_ref().filter(|_| !host.contains(['.', ':']))
+        && let Ok(addresses) = tokio::net::lookup_host((format!("{host}.{domain}").as_str(), *port)).await
+    {
+        return Ok(addresses.collect());
+    }
+    Ok(tokio::net::lookup_host((host.as_str(), *port)).await?.collect())
 }
 
 fn bound_silence(socket: &TcpStream) -> io::Result<()> {
