@@ -86,10 +86,11 @@ impl Mirrors {
 
     async fn hold_connection<K: Object + Connection>(&self, side: Side, object: &K) -> Result<()> {
         let namespace = object.namespace().unwrap_or_default();
-        hold_one(apply::ensure_finalizer(&self.ctx, object, IN_USE_FINALIZER).await)?;
+        // Whoever released the object released its Secrets too: what is remembered of them no longer holds then.
+        let was_free = hold_one(apply::ensure_finalizer(&self.ctx, object, IN_USE_FINALIZER).await)?;
         if self.ctx.options.protect_secrets {
             for name in object.connection().secret_names() {
-                self.hold_secret(&namespace, name).await?;
+                self.hold_secret(&namespace, name, was_free).await?;
             }
         }
         let place = (side, (namespace.clone(), object.name_any()));
@@ -101,9 +102,9 @@ impl Mirrors {
         Ok(())
     }
 
-    async fn hold_secret(&self, namespace: &str, name: &str) -> Result<()> {
+    async fn hold_secret(&self, namespace: &str, name: &str, look: bool) -> Result<()> {
         let place = (namespace.to_owned(), name.to_owned());
-        if self.memory.held.is_fresh(&place) {
+        if !look && self.memory.held.is_fresh(&place) {
             return Ok(());
         }
         // A missing one is the Source's or Target's trouble.
@@ -253,11 +254,11 @@ pub struct LiveChildren {
     pub target: Option<Peer>,
 }
 
-/// What is on its way out takes no finalizer any more, and needs none when it has ours.
-fn hold_one(result: Result<bool>) -> Result<()> {
+/// What is on its way out takes no finalizer any more, and needs none when it has ours. Returns whether it had to be added.
+fn hold_one(result: Result<bool>) -> Result<bool> {
     match result {
-        Err(error) if error.class == ErrorClass::Missing => Ok(()),
-        other => other.map(|_| ()),
+        Err(error) if error.class == ErrorClass::Missing => Ok(false),
+        other => other,
     }
 }
 

@@ -5,9 +5,12 @@ use crate::operator::watch::{SlimContainerStatus, SlimDeployment, SlimPod, Why};
 use crate::operator::worker_client::{WorkerError, address};
 use crate::worker::contract::{PORT, Status};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Name of the port in the pod's container.
 const PORT_NAME: &str = "http";
+/// How long a worker whose pod is not ready may be silent before that is worth a word of its own.
+const COMING_UP: Duration = Duration::from_secs(60);
 /// Why a container does not start, and only a change of something helps.
 const CANNOT_START: [&str; 8] = [
     "ImagePullBackOff",
@@ -131,8 +134,8 @@ fn judged(pod: &SlimPod, polled: Option<&Polled>) -> Worker {
     if let Some(failure) = polled.and_then(|polled| polled.failure.as_ref()) {
         return match &failure.error {
             error @ WorkerError::Contract(_) => Worker::Outdated(format!("{error}; it streams on, restart it when it suits you")),
-            // A server that has just come up refuses for a moment.
-            error if pod.is_ready() => Worker::Unreachable(error.to_string()),
+            // A server that is coming up refuses for a moment.
+            error if pod.is_ready() || failure.since.elapsed() > COMING_UP => Worker::Unreachable(error.to_string()),
             _ => Worker::Starting("the worker is starting".to_owned()),
         };
     }
@@ -186,6 +189,7 @@ fn explained(ended: &Why) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // documents are written in place
 mod tests {
     use super::*;
     use crate::operator::poller::PollFailure;

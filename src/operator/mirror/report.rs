@@ -424,4 +424,5 @@ fn signed(number: u64) -> i64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // documents are written in place
 mod tests;

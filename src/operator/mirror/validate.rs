@@ -192,6 +192,7 @@ fn stream(spec: &MirrorSpec) -> StreamSpec {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // documents are written in place
 pub(super) mod tests {
     use super::*;
     use crate::operator::mirror::peer::{self, Peer};

@@ -268,6 +268,7 @@ fn label_value(text: &str) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::needless_pass_by_value)] // documents are written in place
 mod tests {
     use super::*;
     use crate::operator::mirror::validate::tests::mirror;

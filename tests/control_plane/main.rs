@@ -1,0 +1,10 @@
+//! Mirrors on a real API server: from specs to children, from workers to status, and all the ways out. Databases and workers are what a
+//! test says.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod deletion;
+mod references;
+mod stage;
+mod workers;

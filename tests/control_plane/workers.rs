@@ -1,0 +1,223 @@
+//! Children, hot changes, restarts and upgrades.
+
+use crate::stage::{Kind, Stage};
+use crate::support::eventually;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::ResourceExt as _;
+use serde_json::{Value, json};
+use sluice::resources::names::{IN_USE_FINALIZER, MIRROR_FINALIZER, RESTART_HASH, TOUCHED};
+use sluice::resources::{Mirror, Source, Target};
+use std::time::{Duration, Instant};
+
+fn template(deployment: &Deployment) -> Value {
+    serde_json::to_value(&deployment.spec.as_ref().expect("a spec").template).expect("JSON")
+}
+
+fn image(deployment: &Deployment) -> String {
+    template(deployment)["spec"]["containers"][0]["image"].as_str().expect("an image").to_owned()
+}
+
+async fn holds<K: Kind>(stage: &Stage, name: &str, finalizer: &str) -> bool {
+    stage.get::<K>(name).await.is_some_and(|object| object.finalizers().iter().any(|held| held == finalizer))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_gets_what_is_planned_and_shows_what_its_worker_says() {
+    let stage = Stage::set().await;
+    let mirror = stage.with_worker(json!({})).await;
+    let deployment = stage.get::<Deployment>("orders-worker").await.expect("the Deployment");
+    let owner = &deployment.owner_references()[0];
+    assert_eq!((owner.kind.as_str(), Some(&owner.uid)), ("Mirror", mirror.metadata.uid.as_ref()));
+    assert_eq!(image(&deployment), "sluice:1");
+    assert!(template(&deployment)["metadata"]["annotations"][RESTART_HASH].is_string());
+    let document = stage.document().await.expect("a document");
+    assert_eq!((document.source.host.as_str(), document.target.host.as_str(), document.generation), ("source-db", "target-db", 1));
+    assert!(stage.get::<NetworkPolicy>("sluice-workers").await.is_some_and(|policy| policy.owner_references().is_empty()));
+
+    // All that deletion needs is held before anything can be made outside.
+    assert!(holds::<Mirror>(&stage, "orders", MIRROR_FINALIZER).await);
+    assert!(holds::<Source>(&stage, "shop", IN_USE_FINALIZER).await && holds::<Target>(&stage, "dw", IN_USE_FINALIZER).await);
+    assert!(
+        holds::<Secret>(&stage, "source-login", IN_USE_FINALIZER).await && holds::<Secret>(&stage, "target-login", IN_USE_FINALIZER).await
+    );
+
+    stage.until("orders", "False", "WorkerStarting").await;
+    assert_eq!(stage.status("orders").await.phase.as_deref(), Some("Pending"));
+    let copying = json!({"phase": "Copying", "streaming": false, "snapshotCompleted": false, "tables": {"Copying": 1, "Ready": 1}});
+    let worker = stage.run_worker(&mirror, copying).await;
+    stage.until("orders", "False", "Copying").await;
+    assert_eq!(stage.status("orders").await.tables.expect("tables").summary.as_deref(), Some("1/2"));
+    // A failure that needs a human, and its end.
+    worker.says(json!({"phase": "Stopped", "streaming": false,
+        "error": {"class": "Stop", "reason": "PrivilegeMissing", "message": "no right to read public.users", "count": 1}}));
+    stage.until("orders", "False", "PrivilegeMissing").await;
+    assert_eq!(stage.condition("orders", "Stalled").await, ("True".into(), "PrivilegeMissing".into()));
+    worker.says(json!({}));
+    // Whoever is told something is asked at once.
+    stage.patch::<Mirror>("orders", json!({"spec": {"stream": {"maxBatchRows": 7}}})).await;
+    stage.until("orders", "True", "Streaming").await;
+    assert_eq!(worker.pushed().last().map(|pushed| pushed.stream.max_batch_rows), Some(7));
+
+    let status = stage.status("orders").await;
+    let running = status.worker.expect("a worker");
+    assert_eq!(running.address, Some(format!("127.0.0.1:{}", worker.port)));
+    assert_eq!((running.pod.as_deref(), running.image.as_deref(), running.epoch), (Some("orders-worker-0"), Some("sluice:test"), Some(1)));
+    assert_eq!((status.rows_copied, status.lag.as_deref(), status.observed_generation), (Some(7), Some("0 B, 0s"), Some(2)));
+    assert_eq!(status.tables.expect("tables").summary.as_deref(), Some("1/1"));
+    assert_eq!(status.last_error, None);
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn suspend_reaches_the_worker_within_a_second() {
+    let stage = Stage::set().await;
+    let worker = stage.streaming(json!({})).await;
+    let before = stage.get::<Deployment>("orders-worker").await.expect("the Deployment").resource_version();
+    for (suspend, reason) in [(true, "Suspended"), (false, "Streaming")] {
+        let pushes = worker.pushed().len();
+        stage.patch::<Mirror>("orders", json!({"spec": {"suspend": suspend}})).await;
+        let begin = Instant::now();
+        eventually(10, "a push", async || worker.pushed().len() > pushes).await;
+        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+        let pushed = worker.pushed().pop().expect("a push");
+        assert_eq!(pushed.suspend, suspend);
+        assert_eq!(stage.document().await, Some(pushed.clone()), "file and call are the same");
+        eventually(5, "the pod is touched", async || {
+            let pod = stage.get::<Pod>("orders-worker-0").await.expect("the pod");
+            pod.annotations().get(TOUCHED) == Some(&pushed.generation.to_string())
+        })
+        .await;
+        stage.until("orders", "True", reason).await;
+        assert_eq!(stage.condition("orders", "Suspended").await.0, if suspend { "True" } else { "False" });
+        assert_eq!(stage.condition("orders", "Streaming").await.0, if suspend { "False" } else { "True" });
+        eventually(10, "settled", async || stage.condition("orders", "Reconciling").await.0 == "False").await;
+    }
+    let after = stage.get::<Deployment>("orders-worker").await.expect("the Deployment").resource_version();
+    assert_eq!(before, after, "no restart");
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_of_the_operator_restarts_nothing() {
+    let mut stage = Stage::set().await;
+    let worker = stage.streaming(json!({})).await;
+    let before = stage.get::<Deployment>("orders-worker").await.expect("the Deployment");
+    stage.stop_operator().await;
+    stage
+        .start_operator(|options| {
+            options.worker_image = "sluice:2".into();
+            options.worker_image_pull_policy = "Always".into();
+            options.release = "2.0.0".into();
+        })
+        .await;
+    eventually(10, "a pass", async || stage.passes() > 0).await;
+    stage.look_again(1).await;
+    assert_eq!(stage.get::<Deployment>("orders-worker").await, Some(before.clone()));
+    assert!(worker.pushed().is_empty());
+
+    // The next restart for another reason takes the new release.
+    let resources = json!({"requests": {"cpu": "200m"}, "limits": {"memory": "1Gi"}});
+    stage.patch::<Mirror>("orders", json!({"spec": {"worker": {"resources": resources}}})).await;
+    eventually(10, "the new template", async || {
+        image(&stage.get::<Deployment>("orders-worker").await.expect("the Deployment")) == "sluice:2"
+    })
+    .await;
+    let after = stage.get::<Deployment>("orders-worker").await.expect("the Deployment");
+    assert_eq!(after.metadata.generation, before.metadata.generation.map(|generation| generation + 1), "one change of the template");
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resume_takes_the_new_release_and_immediate_does_not_wait() {
+    let mut stage = Stage::set().await;
+    let mirror = stage.with_worker(json!({"suspend": true})).await;
+    let _worker = stage.run_worker(&mirror, json!({})).await;
+    stage.until("orders", "True", "Suspended").await;
+    let at = async |stage: &Stage| image(&stage.get::<Deployment>("orders-worker").await.expect("the Deployment"));
+    stage.stop_operator().await;
+    stage.start_operator(|options| options.worker_image = "sluice:2".into()).await;
+    eventually(10, "a pass", async || stage.passes() > 0).await;
+    assert_eq!(at(&stage).await, "sluice:1");
+    stage.patch::<Mirror>("orders", json!({"spec": {"suspend": null}})).await;
+    eventually(10, "the new image", async || at(&stage).await == "sluice:2").await;
+
+    stage.stop_operator().await;
+    stage.start_operator(|options| options.worker_image = "sluice:3".into()).await;
+    eventually(10, "a pass", async || stage.passes() > 0).await;
+    assert_eq!(at(&stage).await, "sluice:2");
+    stage.patch::<Mirror>("orders", json!({"spec": {"worker": {"updatePolicy": "Immediate"}}})).await;
+    eventually(10, "the new image", async || at(&stage).await == "sluice:3").await;
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passes_without_a_change_write_nothing() {
+    let stage = Stage::set().await;
+    let worker = stage.streaming(json!({})).await;
+    let seen = async || {
+        let mut versions = vec![
+            stage.get::<Mirror>("orders").await.expect("the Mirror").resource_version(),
+            stage.get::<ConfigMap>("orders-worker").await.expect("the ConfigMap").resource_version(),
+            stage.get::<Deployment>("orders-worker").await.expect("the Deployment").resource_version(),
+            stage.get::<NetworkPolicy>("sluice-workers").await.expect("the policy").resource_version(),
+            stage.get::<Pod>("orders-worker-0").await.expect("the pod").resource_version(),
+            stage.get::<Target>("dw").await.expect("the Target").resource_version(),
+        ];
+        for name in ["source-login", "target-login"] {
+            versions.push(stage.get::<Secret>(name).await.expect("the Secret").resource_version());
+        }
+        versions
+    };
+    // The first passes after a change may still have to say that they are done.
+    stage.look_again(100).await;
+    stage.look_again(101).await;
+    let (before, writes) = (seen().await, stage.counted("sluice_operator_status_writes_total{kind=\"Mirror\""));
+    for mark in 0..10 {
+        stage.look_again(mark).await;
+    }
+    assert_eq!(before, seen().await);
+    assert_eq!(writes, stage.counted("sluice_operator_status_writes_total{kind=\"Mirror\""));
+    assert!(worker.pushed().is_empty());
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_pod_is_explained() {
+    let stage = Stage::set().await;
+    let mirror = stage.with_worker(json!({})).await;
+    drop(stage.run_worker(&mirror, json!({})).await);
+    let crashed = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}], "containerStatuses": [{
+        "name": "worker", "image": "sluice:test", "imageID": "", "ready": false, "restartCount": 5,
+        "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}},
+    }]}});
+    let api = stage.api::<Pod>();
+    let patch = kube::api::Patch::Merge(crashed);
+    api.patch_status("orders-worker-0", &kube::api::PatchParams::default(), &patch).await.expect("patched");
+    stage.until("orders", "False", "WorkerFailed").await;
+    let error = stage.status("orders").await.last_error.expect("an error");
+    assert!(error.contains("memory") && error.contains("5 times"), "{error}");
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_ours_is_not_touched() {
+    let stage = Stage::set().await;
+    let theirs = json!({
+        "metadata": {"name": "orders-worker"},
+        "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}},
+    });
+    let theirs: Deployment = stage.create(theirs).await;
+    stage.source(json!({})).await;
+    stage.target().await;
+    stage.mirror("orders", json!({})).await;
+    stage.until("orders", "False", "InvalidSpec").await;
+    assert_eq!(stage.get::<Deployment>("orders-worker").await, Some(theirs));
+    // So is what the API server refuses.
+    stage.mirror("other", json!({"worker": {"nodeSelector": {"not a label": "x"}}})).await;
+    stage.until("other", "False", "InvalidSpec").await;
+    assert_eq!(stage.condition("other", "Stalled").await.0, "True");
+    stage.end().await;
+}
