@@ -24,6 +24,7 @@ use sluice::resources::conditions::{get, is_true, kind};
 use sluice::resources::names::{IN_USE_FINALIZER, PAUSE_RECONCILIATION};
 use sluice::resources::{Connection, ConnectionStatus, Mirror, Source, Target, crds};
 use sluice::telemetry::LogFormat;
+use sluice::worker::contract::MirrorId;
 use sluice::worker::token::SigningKey;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,6 +50,10 @@ impl Databases for FakeDatabases {
 
     fn clean_up<'a>(&'a self, _: &'a Endpoint, _: &'a Leftovers) -> BoxFuture<'a, Result<CleanedUp>> {
         std::future::ready(Ok(CleanedUp::default())).boxed()
+    }
+
+    fn forget_stream<'a>(&'a self, _: &'a Endpoint, _: &'a str, _: &'a MirrorId) -> BoxFuture<'a, Result<()>> {
+        std::future::ready(Ok(())).boxed()
     }
 }
 

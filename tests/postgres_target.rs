@@ -13,6 +13,7 @@ use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::{Apply as _, ApplyMode, BulkFormat, BulkStream, Fed, Range, SourceIdentity, Target as _};
 use sluice::engine::table::{MappedTable, TableState};
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use support::{Postgres, eventually};
 use tokio_postgres::Client;
@@ -21,18 +22,24 @@ fn target(endpoint: Endpoint) -> PostgresTarget {
     PostgresTarget::new(endpoint, owner("a"))
 }
 
-/// A database with role `writer`, which owns nothing, may end nobody's backends and has no replica role.
+/// The server that most tests share, each with a database of its own; the last one to end stops it.
+fn server() -> Arc<Postgres> {
+    static SHARED: Mutex<Weak<Postgres>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.upgrade().unwrap_or_else(|| {
+        let server = Arc::new(Postgres::start(15));
+        *shared = Arc::downgrade(&server);
+        server
+    })
+}
+
+/// A database with role `writer_<name>`, which owns nothing, may end nobody's backends and has no replica role.
 async fn database(server: &Postgres, name: &str) -> (Client, Endpoint) {
     let admin = server.create_database(name).await;
-    admin
-        .batch_execute(&format!(
-            "DO $$ BEGIN CREATE ROLE writer LOGIN PASSWORD 'pw'; EXCEPTION WHEN duplicate_object THEN END $$;
-             GRANT CREATE ON DATABASE {name} TO writer"
-        ))
-        .await
-        .expect("a role");
+    let sql = format!("CREATE ROLE writer_{name} LOGIN PASSWORD 'pw'; GRANT CREATE ON DATABASE {name} TO writer_{name}");
+    admin.batch_execute(&sql).await.expect("a role");
     let mut writer = server.endpoint(name);
-    writer.username = "writer".into();
+    writer.username = format!("writer_{name}");
     writer.password = Secret("pw".into());
     (admin, writer)
 }
@@ -70,7 +77,7 @@ fn items() -> MappedTable {
 
 #[tokio::test]
 async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "claims").await;
     let target = target(server.endpoint("claims"));
     let items = items();
@@ -101,7 +108,7 @@ async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
     assert_eq!(uid, "another");
 
     // The old one's backend is gone; it learns why when it claims again.
-    let backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sluice apply'";
+    let backends = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sluice apply'";
     assert_eq!(admin.query_one(backends, &[]).await.expect("a count").get::<_, i64>(0), 1);
     assert_eq!(first.advance(&Lsn(9), &[]).await.expect_err("ended").class, Class::Retry);
     let error = target.claim(&key("s"), &owner("a"), Some(2)).await.err().expect("fenced");
@@ -115,14 +122,14 @@ async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
 
 #[tokio::test]
 async fn the_epoch_fences_where_backends_may_not_be_ended() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, writer) = database(&server, "fences").await;
     let items = items();
     let (old_target, mut old) = stream(server.endpoint("fences"), "s", std::slice::from_ref(&items)).await;
     admin
         .batch_execute(
-            "GRANT ALL ON SCHEMA _sluice, shop TO writer; GRANT ALL ON ALL TABLES IN SCHEMA _sluice TO writer;
-             GRANT ALL ON ALL TABLES IN SCHEMA shop TO writer",
+            "GRANT ALL ON SCHEMA _sluice, shop TO writer_fences; GRANT ALL ON ALL TABLES IN SCHEMA _sluice TO writer_fences;
+             GRANT ALL ON ALL TABLES IN SCHEMA shop TO writer_fences",
         )
         .await
         .expect("grants");
@@ -151,7 +158,7 @@ async fn the_epoch_fences_where_backends_may_not_be_ended() {
 
 #[tokio::test]
 async fn of_concurrent_first_claims_one_writes() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "race").await;
     let claims = (0..6).map(|_| {
         let target = target(server.endpoint("race"));
@@ -177,7 +184,7 @@ async fn of_concurrent_first_claims_one_writes() {
 
 #[tokio::test]
 async fn a_claim_ends_a_range_that_is_being_copied() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "ranges").await;
     let items = items();
     let (target, mut applier) = stream(server.endpoint("ranges"), "s", &[]).await;
@@ -187,7 +194,12 @@ async fn a_claim_ends_a_range_that_is_being_copied() {
     let range = Range { number: 0, blocks: None };
     let load = tokio::spawn(async move { old.load(&claim("s", 1), &table, generation, &range, BulkFormat::PostgresText, endless).await });
     eventually(10, "the range is being copied", || async {
-        let copying = admin.query_one("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND state = 'active'", &[]).await;
+        let copying = admin
+            .query_one(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'COPY%' AND state = 'active'",
+                &[],
+            )
+            .await;
         copying.expect("a count").get::<_, i64>(0) == 1
     })
     .await;
@@ -203,7 +215,7 @@ async fn a_claim_ends_a_range_that_is_being_copied() {
 
 #[tokio::test]
 async fn checkpoint_and_rows_move_together_whenever_the_backend_is_killed() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "kills").await;
     let items = items();
     let (target, mut applier) = stream(server.endpoint("kills"), "s", std::slice::from_ref(&items)).await;
@@ -220,7 +232,7 @@ async fn checkpoint_and_rows_move_together_whenever_the_backend_is_killed() {
     };
     let second = |n: u64| inserts(&items, n as i32 * 10 + 5..n as i32 * 10 + 10).part(true, Some(n * 8), n * 8);
     // Mostly between a claim and the next failure; now and then in a claim too.
-    let applying = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let applying = Arc::new(std::sync::atomic::AtomicBool::new(true));
     let killer = tokio::spawn({
         let (admin, applying) = (server.connect("kills").await, applying.clone());
         async move {
@@ -229,7 +241,7 @@ async fn checkpoint_and_rows_move_together_whenever_the_backend_is_killed() {
                 random = random * 48_271 % 2_147_483_647;
                 tokio::time::sleep(Duration::from_micros(500 + random % 60_000)).await;
                 if applying.load(Relaxed) || random.is_multiple_of(8) {
-                    let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'sluice apply'";
+                    let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sluice apply'";
                     admin.execute(sql, &[]).await.expect("killed");
                 }
             }
@@ -309,7 +321,7 @@ async fn what_is_durable_survives_an_immediate_crash() {
 
 #[tokio::test]
 async fn positions_become_durable_by_themselves() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "idle").await;
     let items = items();
     let (_, mut applier) = stream(server.endpoint("idle"), "s", std::slice::from_ref(&items)).await;
@@ -319,12 +331,13 @@ async fn positions_become_durable_by_themselves() {
     let row = admin.query_one("SELECT state, position FROM _sluice.tables", &[]).await.expect("a table");
     assert_eq!((row.get::<_, &str>(0), row.get::<_, Option<&str>>(1)), ("Ready", None));
     // Nothing moves: nothing is written.
-    let xid = "SELECT pg_current_xact_id_if_assigned() IS NULL, pg_snapshot_xmax(pg_current_snapshot())::text";
-    let before: String = admin.query_one(xid, &[]).await.expect("a snapshot").get(1);
+    let version = "SELECT xmin::text, ctid::text FROM _sluice.streams";
+    let written = |row: tokio_postgres::Row| (row.get::<_, String>(0), row.get::<_, String>(1));
+    let before = written(admin.query_one(version, &[]).await.expect("a row"));
     applier.advance(&Lsn(40), &[]).await.expect("nothing");
     applier.apply(&Changes::default().committed(40), &all, &[]).await.expect("nothing");
     applier.apply(&inserts(&items, 0..1).committed(40), &|_, _| false, &[]).await.expect("nothing");
-    assert_eq!(admin.query_one(xid, &[]).await.expect("a snapshot").get::<_, String>(1), before);
+    assert_eq!(written(admin.query_one(version, &[]).await.expect("a row")), before);
     let deadline = Instant::now() + Duration::from_secs(10);
     while applier.durable().await.expect("a position") != Some(Lsn(40)) {
         assert!(Instant::now() < deadline, "not durable");
@@ -334,7 +347,7 @@ async fn positions_become_durable_by_themselves() {
 
 #[tokio::test]
 async fn a_stopped_writer_leaves_nothing_behind() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "stops").await;
     let items = items();
     let (target, mut applier) = stream(server.endpoint("stops"), "s", std::slice::from_ref(&items)).await;
@@ -351,7 +364,7 @@ async fn a_stopped_writer_leaves_nothing_behind() {
     applier.abort().await;
     assert!(began.elapsed() < Duration::from_secs(1), "took {:?}", began.elapsed());
     eventually(5, "the writer's backend is gone", || async {
-        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sluice apply'";
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sluice apply'";
         admin.query_one(sql, &[]).await.expect("a count").get::<_, i64>(0) == 0
     })
     .await;
@@ -378,7 +391,7 @@ async fn failure(endpoint: &Endpoint, admin: &Client, items: &MappedTable, chang
 
 #[tokio::test]
 async fn steady_state_is_strict_and_names_the_first_key() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "strict").await;
     let items = items();
     let endpoint = server.endpoint("strict");
@@ -391,10 +404,9 @@ async fn steady_state_is_strict_and_names_the_first_key() {
         ("delete of a set", |items, c| [1, 2, 20, 30].map(|id| c.delete(items, &[int(id), Value::Null])).into_iter().collect()),
         ("one delete", |items, c| c.delete(items, &[int(20), Value::Null])),
         ("moved keys of a set", |items, c| {
-            [(1, 101), (20, 102), (30, 103)]
-                .map(|(from, to)| c.update(items, &[int(from), Value::Null], &[int(to), text("x")]))
-                .into_iter()
-                .collect()
+            for (from, to) in [(1, 101), (20, 102), (30, 103)] {
+                c.update(items, &[int(from), Value::Null], &[int(to), text("x")]);
+            }
         }),
         ("one moved key", |items, c| c.update(items, &[int(20), Value::Null], &[int(1), text("x")])),
     ];
@@ -418,8 +430,50 @@ async fn steady_state_is_strict_and_names_the_first_key() {
 }
 
 #[tokio::test]
+async fn a_key_that_names_several_rows_is_told() {
+    let server = server();
+    let (admin, _) = database(&server, "doubles").await;
+    let items = items();
+    let (_, mut applier) = stream(server.endpoint("doubles"), "s", std::slice::from_ref(&items)).await;
+    admin.batch_execute("ALTER TABLE shop.items DROP CONSTRAINT items_pkey").await.expect("no key");
+    admin.batch_execute("INSERT INTO shop.items VALUES (1, 'a'), (2, 'b'), (2, 'b'), (3, 'c')").await.expect("rows");
+    let mut changes = Changes::default();
+    for id in 1..4 {
+        changes.update(&items, &[], &[int(id), text("x")]);
+    }
+    let error = applier.apply(&changes.committed(10), &all, &[]).await.expect_err("refused");
+    assert_eq!((error.class, error.reason), (Class::Stop, reason::ROW_CONFLICT));
+    assert!(error.message.contains("several rows with id = 2"), "{error}");
+}
+
+#[tokio::test]
+async fn rows_of_partitions_are_found_in_their_own() {
+    let server = server();
+    let (admin, _) = database(&server, "partitions").await;
+    admin
+        .batch_execute(
+            "CREATE SCHEMA shop; CREATE TABLE shop.log (p int4, v text) PARTITION BY LIST (p);
+             CREATE TABLE shop.log1 PARTITION OF shop.log FOR VALUES IN (1);
+             CREATE TABLE shop.log2 (v text, p int4); ALTER TABLE shop.log ATTACH PARTITION shop.log2 FOR VALUES IN (2)",
+        )
+        .await
+        .expect("partitions");
+    let table = mapped(5, "log", "shop", &["p int4", "v text"]);
+    let (_, mut applier) = stream(server.endpoint("partitions"), "s", std::slice::from_ref(&table)).await;
+    let mut changes = Changes::default();
+    for (p, v) in [(1, "a"), (1, "b"), (2, "a"), (2, "b"), (2, "c")] {
+        changes.insert(&table, &[int(p), text(v)]);
+    }
+    // The first rows of both partitions have the same ctid.
+    changes.delete(&table, &[int(2), text("a")]);
+    changes.update(&table, &[int(2), text("b")], &[int(1), text("moved")]);
+    applier.apply(&changes.committed(10), &all, &[]).await.expect("applied");
+    assert_eq!(rows(&admin, "shop.log").await, ["(1,a)", "(1,b)", "(1,moved)", "(2,c)"]);
+}
+
+#[tokio::test]
 async fn rows_without_a_key_are_found_one_by_one() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "keyless").await;
     let columns = ["n numeric", "p point", "j json", "f float8", "c char(3)"];
     let table = mapped(5, "log", "shop", &columns);
@@ -452,7 +506,7 @@ async fn rows_without_a_key_are_found_one_by_one() {
 
 #[tokio::test]
 async fn values_of_any_type_arrive_unchanged_or_are_refused() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "types").await;
     admin.batch_execute("CREATE TYPE mood AS ENUM ('ok', 'so so'); CREATE EXTENSION IF NOT EXISTS plpgsql").await.expect("a type");
     let columns = ["!id int4", "m public.mood", "v varchar(3)", "c char(4)", "l int4[]", "r regclass"];
@@ -496,7 +550,7 @@ async fn values_of_any_type_arrive_unchanged_or_are_refused() {
 
 #[tokio::test]
 async fn columns_of_rows_must_be_those_that_were_prepared() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "versions").await;
     let items = items();
     let (target, mut applier) = stream(server.endpoint("versions"), "s", std::slice::from_ref(&items)).await;
@@ -535,7 +589,7 @@ fn binary_rows(ids: std::ops::Range<i32>) -> Vec<u8> {
 
 #[tokio::test]
 async fn a_table_is_made_copied_and_finished() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "copies").await;
     let mut items = items();
     let mut twice = column("twice int4");
@@ -611,7 +665,7 @@ async fn a_table_is_made_copied_and_finished() {
 
 #[tokio::test]
 async fn what_can_not_work_is_refused_with_its_cure() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, writer) = database(&server, "checks").await;
     let elsewhere = SourceIdentity { system_identifier: "1".into(), database: "shop".into(), timeline: 1 };
     let here = SourceIdentity {
@@ -642,7 +696,7 @@ async fn what_can_not_work_is_refused_with_its_cure() {
     two.target.name = "items".into();
     refused(as_a.check(&elsewhere, &[items.clone(), two], &[]).await, reason::DUPLICATE_TARGET, "public.items and public.other");
     let mut looped = mapped(2, "items", "third", &["!id int4", "v text"]);
-    std::sync::Arc::make_mut(&mut looped.version).name.schema = "shop".into();
+    Arc::make_mut(&mut looped.version).name.schema = "shop".into();
     let fed = |system_identifier: &str| Fed {
         table: looped.source().clone(),
         system_identifier: system_identifier.into(),
@@ -682,7 +736,7 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         "permission denied for schema _sluice",
     );
     admin
-        .batch_execute("GRANT USAGE ON SCHEMA _sluice, own TO writer; GRANT ALL ON ALL TABLES IN SCHEMA _sluice TO writer")
+        .batch_execute("GRANT USAGE ON SCHEMA _sluice, own TO writer_checks; GRANT ALL ON ALL TABLES IN SCHEMA _sluice TO writer_checks")
         .await
         .expect("grants");
     refused(
@@ -698,7 +752,7 @@ async fn what_can_not_work_is_refused_with_its_cure() {
     as_writer.check(&elsewhere, &[mapped(2, "new", "fresh", &["!id int4"])], &[]).await.expect("a schema of its own");
     admin
         .batch_execute(
-            "GRANT ALL ON own.t TO writer; CREATE FUNCTION own.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+            "GRANT ALL ON own.t TO writer_checks; CREATE FUNCTION own.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
              CREATE TRIGGER swallow BEFORE INSERT ON own.t FOR EACH ROW EXECUTE FUNCTION own.f()",
         )
         .await
@@ -706,7 +760,7 @@ async fn what_can_not_work_is_refused_with_its_cure() {
     refused(
         as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await,
         reason::TARGET_TABLE_INCOMPATIBLE,
-        "GRANT SET ON PARAMETER session_replication_role TO \"writer\"",
+        "GRANT SET ON PARAMETER session_replication_role TO \"writer_checks\"",
     );
     as_a.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
     admin
@@ -714,18 +768,18 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         .await
         .expect("a child");
     refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await, reason::TARGET_TABLE_INCOMPATIBLE, "child_t_fkey");
-    admin.batch_execute("GRANT SET ON PARAMETER session_replication_role TO writer").await.expect("a grant");
+    admin.batch_execute("GRANT SET ON PARAMETER session_replication_role TO writer_checks").await.expect("a grant");
     as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
 
     admin.batch_execute("ALTER DATABASE checks SET default_transaction_read_only = on").await.expect("read only");
-    refused(as_a.check(&elsewhere, &[items.clone()], &[]).await, reason::TARGET_READ_ONLY, "default_transaction_read_only");
+    refused(as_a.check(&elsewhere, std::slice::from_ref(&items), &[]).await, reason::TARGET_READ_ONLY, "default_transaction_read_only");
     let error = as_a.claim(&key("s"), &owner("a"), None).await.err().expect("refused");
     assert_eq!((error.class, error.reason), (Class::Retry, reason::TARGET_READ_ONLY));
 }
 
 #[tokio::test]
 async fn two_streams_never_write_one_table() {
-    let server = Postgres::start(15);
+    let server = server();
     let (admin, _) = database(&server, "owners").await;
     let items = items();
     let (_, mut ours) = stream(server.endpoint("owners"), "s", std::slice::from_ref(&items)).await;

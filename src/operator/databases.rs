@@ -8,11 +8,12 @@ use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret as Hidden, TlsMode};
-use crate::connectors::postgres::{cleanup, inspect};
+use crate::connectors::postgres::{cleanup, forget, inspect};
 use crate::engine;
 use crate::resources::common;
 use crate::resources::conditions::reason;
 use crate::resources::{ConnectionSpec, KeyRef, LocalRef};
+use crate::worker::contract::MirrorId;
 use crate::worker::credentials::without_newline;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, try_join_all};
@@ -37,6 +38,9 @@ pub trait Databases: Send + Sync + 'static {
 
     /// Drops a Mirror's slot and publication on its source.
     fn clean_up<'a>(&'a self, endpoint: &'a Endpoint, leftovers: &'a Leftovers) -> BoxFuture<'a, engine::error::Result<CleanedUp>>;
+
+    /// Removes the checkpoint of a Mirror whose slot is gone from its target, so that another Mirror may write the same tables.
+    fn forget_stream<'a>(&'a self, target: &'a Endpoint, slot: &'a str, mirror: &'a MirrorId) -> BoxFuture<'a, engine::error::Result<()>>;
 }
 
 /// What was found on a server.
@@ -110,6 +114,10 @@ impl Databases for Postgres {
             Ok(CleanedUp { slot_dropped, publication_dropped })
         }
         .boxed()
+    }
+
+    fn forget_stream<'a>(&'a self, target: &'a Endpoint, slot: &'a str, mirror: &'a MirrorId) -> BoxFuture<'a, engine::error::Result<()>> {
+        forget::forget_stream(target, slot, &mirror.namespace, &mirror.name).boxed()
     }
 }
 

@@ -15,6 +15,7 @@ pub mod health;
 pub mod join;
 pub mod leader;
 pub mod metrics;
+pub mod mirror;
 pub mod options;
 pub mod permissions;
 pub mod poller;

@@ -80,11 +80,12 @@ impl Options {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::Options;
     use clap::{Args as _, FromArgMatches as _};
 
-    fn parse(args: &[&str]) -> Options {
+    /// The options that these flags give.
+    pub fn parse(args: &[&str]) -> Options {
         let command = Options::augment_args(clap::Command::new("operator"));
         Options::from_arg_matches(&command.get_matches_from(std::iter::once(&"operator").chain(args))).expect("valid flags")
     }

@@ -8,7 +8,7 @@ use super::leader::{Candidate, Times};
 use super::metrics::Metrics;
 use super::options::Options;
 use super::shutdown::{DRAIN, Shutdown};
-use super::{client, permissions, poller, signing};
+use super::{client, connection, databases, mirror, permissions, poller, signing};
 use kube::{Client, Config};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,8 +62,12 @@ pub async fn run(options: Options, shutdown: Shutdown) -> Result<(), RunError> {
 }
 
 /// The controllers of the product.
-fn controllers(_ctx: &Arc<Context>, _shutdown: &Shutdown) -> JoinSet<()> {
-    JoinSet::new()
+fn controllers(ctx: &Arc<Context>, shutdown: &Shutdown) -> JoinSet<()> {
+    let databases = Arc::new(databases::Postgres);
+    let mut tasks = JoinSet::new();
+    connection::spawn(&mut tasks, ctx, shutdown, databases.clone());
+    mirror::spawn(&mut tasks, ctx, shutdown, databases);
+    tasks
 }
 
 /// One run of the operator, with what differs between a process and a test.

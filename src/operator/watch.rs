@@ -196,9 +196,40 @@ pub struct SlimPod {
     /// Metadata without managed fields.
     #[serde(default)]
     pub metadata: ObjectMeta,
+    /// Its containers' ports.
+    #[serde(default)]
+    pub spec: SlimPodSpec,
     /// What the kubelet reports.
     #[serde(default)]
     pub status: SlimPodStatus,
+}
+
+/// What is read of a Pod's spec.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct SlimPodSpec {
+    /// One per container.
+    #[serde(default)]
+    pub containers: Vec<SlimContainer>,
+}
+
+/// What is read of a container's spec.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct SlimContainer {
+    /// Its ports.
+    #[serde(default)]
+    pub ports: Vec<SlimPort>,
+}
+
+/// A port of a container.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SlimPort {
+    /// Its name.
+    #[serde(default)]
+    pub name: String,
+    /// Its number.
+    #[serde(default)]
+    pub container_port: u16,
 }
 
 /// What the kubelet reports of a Pod.

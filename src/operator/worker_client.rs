@@ -1,7 +1,7 @@
 //! Signed calls to workers. Plain HTTP inside the cluster, straight to the pod's address.
 
 use super::signing::SigningKeys;
-use crate::worker::contract::{Desired, PORT, Status, VERSION};
+use crate::worker::contract::{Desired, Status, VERSION};
 use reqwest::{Method, Response, StatusCode, header};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -54,10 +54,10 @@ impl WorkerError {
 }
 
 /// `host:port` of the worker with this pod address; IPv6 in brackets.
-pub fn address(pod_ip: &str) -> String {
+pub fn address(pod_ip: &str, port: u16) -> String {
     match pod_ip.parse::<IpAddr>() {
-        Ok(IpAddr::V6(ip)) => format!("[{ip}]:{PORT}"),
-        _ => format!("{pod_ip}:{PORT}"),
+        Ok(IpAddr::V6(ip)) => format!("[{ip}]:{port}"),
+        _ => format!("{pod_ip}:{port}"),
     }
 }
 
@@ -171,8 +171,8 @@ mod tests {
 
     #[test]
     fn addresses_of_both_families() {
-        assert_eq!(address("10.1.2.3"), "10.1.2.3:8080");
-        assert_eq!(address("fd00::7"), "[fd00::7]:8080");
+        assert_eq!(address("10.1.2.3", 8080), "10.1.2.3:8080");
+        assert_eq!(address("fd00::7", 8080), "[fd00::7]:8080");
     }
 
     #[test]

@@ -166,13 +166,6 @@ pub fn is_true(conditions: &[Condition], kind: &str) -> bool {
     get(conditions, kind).is_some_and(|condition| condition.status == "True")
 }
 
-/// The condition of type `kind` in `new`, when its status or reason differs from `old`: what an event tells of.
-pub fn transition<'a>(old: &[Condition], new: &'a [Condition], kind: &str) -> Option<&'a Condition> {
-    let now = get(new, kind)?;
-    let same = get(old, kind).is_some_and(|then| then.status == now.status && then.reason == now.reason);
-    (!same).then_some(now)
-}
-
 /// `text`, shortened to at most `limit` bytes on a character boundary.
 pub fn cut(mut text: String, limit: usize) -> String {
     const MARK: &str = "…";

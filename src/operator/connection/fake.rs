@@ -4,6 +4,7 @@ use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret, TlsMode};
 use crate::engine::error::{Error, Result};
 use crate::operator::databases::{CleanedUp, Databases, Inspection, Leftovers};
+use crate::worker::contract::MirrorId;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use std::collections::BTreeMap;
@@ -52,6 +53,10 @@ impl Databases for FakeDatabases {
 
     fn clean_up<'a>(&'a self, _: &'a Endpoint, _: &'a Leftovers) -> BoxFuture<'a, Result<CleanedUp>> {
         std::future::ready(Ok(CleanedUp::default())).boxed()
+    }
+
+    fn forget_stream<'a>(&'a self, _: &'a Endpoint, _: &'a str, _: &'a MirrorId) -> BoxFuture<'a, Result<()>> {
+        std::future::ready(Ok(())).boxed()
     }
 }
 

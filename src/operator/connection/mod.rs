@@ -41,6 +41,8 @@ pub trait Kind: Object + Watchable + Connection + Serialize {
     const SIDE: Side;
     /// Name of the controller in logs and metrics.
     const CONTROLLER: &'static str;
+    /// Its name in metrics.
+    const KIND: &'static str;
     /// Field of a Mirror that refers to it.
     const REFERENCE: &'static str;
 }
@@ -48,12 +50,14 @@ pub trait Kind: Object + Watchable + Connection + Serialize {
 impl Kind for Source {
     const SIDE: Side = Side::Source;
     const CONTROLLER: &'static str = "source";
+    const KIND: &'static str = "Source";
     const REFERENCE: &'static str = "spec.sourceRef.name";
 }
 
 impl Kind for Target {
     const SIDE: Side = Side::Target;
     const CONTROLLER: &'static str = "target";
+    const KIND: &'static str = "Target";
     const REFERENCE: &'static str = "spec.targetRef.name";
 }
 
@@ -108,7 +112,7 @@ fn control<K: Kind>(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shut
         async move { reconcile(object.as_ref(), &ctx, &shared).await }
     };
     tasks.spawn(reconcile::run(K::CONTROLLER, controller, ctx.clone(), shutdown.clone(), pass));
-    tasks.spawn(reconcile::count_resources(ctx.clone(), store, K::CONTROLLER, is_ready::<K>, shutdown.clone()));
+    tasks.spawn(reconcile::count_resources(ctx.clone(), store, K::KIND, is_ready::<K>, shutdown.clone()));
 }
 
 fn is_ready<K: Kind>(object: &K) -> bool {

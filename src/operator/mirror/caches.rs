@@ -1,0 +1,104 @@
+//! What the watches of this controller keep in memory.
+
+use super::plan;
+use crate::operator::watch::{SlimDeployment, SlimPod};
+use crate::resources::names::{MIRROR_LABEL, MIRROR_UID_LABEL};
+use crate::resources::{LocalRef, Mirror, Source, Target};
+use kube::ResourceExt as _;
+use kube::runtime::reflector::store::WriterDropped;
+use kube::runtime::reflector::{ObjectRef, Store};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The caches, to be read after [`Caches::filled`].
+pub struct Caches {
+    /// Mirrors.
+    pub mirrors: Store<Mirror>,
+    /// Sources.
+    pub sources: Store<Source>,
+    /// Targets.
+    pub targets: Store<Target>,
+    /// Deployments of workers.
+    pub deployments: Store<SlimDeployment>,
+    /// Pods of workers.
+    pub pods: Store<SlimPod>,
+    /// Which pods a Mirror has had: a scan of all pods in every pass would not scale.
+    pub pod_names: Arc<PodNames>,
+}
+
+impl Caches {
+    /// Waits until all have been filled once.
+    ///
+    /// # Errors
+    /// The watches have ended.
+    pub async fn filled(&self) -> Result<(), WriterDropped> {
+        self.mirrors.wait_until_ready().await?;
+        self.sources.wait_until_ready().await?;
+        self.targets.wait_until_ready().await?;
+        self.deployments.wait_until_ready().await?;
+        self.pods.wait_until_ready().await
+    }
+
+    /// The Mirror's Source.
+    pub fn source(&self, mirror: &Mirror) -> Option<Arc<Source>> {
+        self.sources.get(&ObjectRef::new(&mirror.spec.source_ref.name).within(plan::namespace(mirror)))
+    }
+
+    /// The Mirror's Target.
+    pub fn target(&self, mirror: &Mirror) -> Option<Arc<Target>> {
+        self.targets.get(&ObjectRef::new(&mirror.spec.target_ref.name).within(plan::namespace(mirror)))
+    }
+
+    /// The Deployment that belongs to this very Mirror.
+    pub fn deployment(&self, mirror: &Mirror) -> Option<Arc<SlimDeployment>> {
+        let name = crate::resources::names::worker_name(plan::name(mirror));
+        let found = self.deployments.get(&ObjectRef::new(&name).within(plan::namespace(mirror)))?;
+        plan::is_owned(&found.metadata, mirror).then_some(found)
+    }
+
+    /// The pods of this very Mirror.
+    pub fn pods(&self, mirror: &Mirror) -> Vec<Arc<SlimPod>> {
+        let of_this = |pod: &Arc<SlimPod>| pod.labels().get(MIRROR_UID_LABEL).is_some_and(|uid| uid == plan::uid(mirror));
+        let mut pods = self.pod_names.of(plan::namespace(mirror), plan::name(mirror), &self.pods);
+        pods.retain(of_this);
+        pods
+    }
+}
+
+/// Names of pods by Mirror, kept from the stream of their changes.
+#[derive(Debug, Default)]
+pub struct PodNames {
+    by_mirror: Mutex<HashMap<(String, String), BTreeSet<String>>>,
+}
+
+impl PodNames {
+    /// Notes a pod that was added, changed or deleted, and says whose it is.
+    pub fn note(&self, pod: &SlimPod) -> Option<ObjectRef<Mirror>> {
+        let (namespace, mirror) = (pod.namespace()?, pod.labels().get(MIRROR_LABEL)?.clone());
+        let mirror_ref = ObjectRef::new(&mirror).within(&namespace);
+        let mut all = self.by_mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry((namespace, mirror)).or_default().insert(pod.name_any());
+        Some(mirror_ref)
+    }
+
+    /// The pods of a Mirror that are still there.
+    fn of(&self, namespace: &str, mirror: &str, pods: &Store<SlimPod>) -> Vec<Arc<SlimPod>> {
+        let key = (namespace.to_owned(), mirror.to_owned());
+        let mut all = self.by_mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(names) = all.get_mut(&key) else { return vec![] };
+        let mut found = Vec::with_capacity(names.len());
+        names.retain(|name| pods.get(&ObjectRef::new(name).within(namespace)).map(|pod| found.push(pod)).is_some());
+        if names.is_empty() {
+            all.remove(&key);
+        }
+        found
+    }
+}
+
+/// The Mirrors of a namespace that refer to `name`.
+pub fn users(mirrors: &Store<Mirror>, namespace: Option<&str>, name: &str, of: fn(&Mirror) -> &LocalRef) -> Vec<ObjectRef<Mirror>> {
+    let all = mirrors.state().into_iter();
+    all.filter(|mirror| mirror.metadata.namespace.as_deref() == namespace && of(mirror).name == name)
+        .map(|mirror| ObjectRef::from_obj(mirror.as_ref()))
+        .collect()
+}

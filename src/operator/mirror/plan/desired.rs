@@ -1,0 +1,69 @@
+//! The desired document and the ConfigMap that carries it.
+
+use super::super::validate::Validated;
+use super::{child_meta, name, namespace, publication, slot, uid};
+use crate::resources::Mirror;
+use crate::worker::contract::{DESIRED_FILE, Desired, MirrorId, VERSION};
+use k8s_openapi::api::core::v1::ConfigMap;
+
+/// What the worker was told last.
+#[derive(Clone, Debug, Default)]
+pub struct Live {
+    /// The document in the ConfigMap; `None` when there is none that can be read.
+    pub document: Option<Desired>,
+    /// Generation that the worker says is in effect; 0 when unknown.
+    pub in_effect: i64,
+}
+
+/// The document for a valid spec; its generation is still 0.
+pub fn document(mirror: &Mirror, valid: &Validated, public_keys: Vec<String>) -> Desired {
+    Desired {
+        contract: VERSION,
+        generation: 0,
+        mirror: MirrorId { namespace: namespace(mirror).to_owned(), name: name(mirror).to_owned(), uid: uid(mirror).to_owned() },
+        source: valid.source.clone(),
+        target: valid.target.clone(),
+        slot: slot(mirror),
+        publication: publication(mirror),
+        tables: valid.tables.clone(),
+        schemas: valid.schemas.clone(),
+        snapshot: valid.snapshot.clone(),
+        stream: valid.stream.clone(),
+        suspend: mirror.spec.suspend,
+        public_keys,
+    }
+}
+
+/// The last good document under a spec that is not valid: `suspend` is followed all the same, and so are our keys.
+pub fn last_good(mirror: &Mirror, live: &Desired, public_keys: Vec<String>) -> Desired {
+    Desired { suspend: mirror.spec.suspend, public_keys, ..live.clone() }
+}
+
+/// The document with its generation: that of the live one when nothing else differs, else a higher one than the worker has ever had.
+pub fn numbered(document: Desired, mirror: &Mirror, live: &Live) -> Desired {
+    let given = mirror.metadata.generation.unwrap_or_default();
+    let generation = match &live.document {
+        Some(last) if last.generation >= live.in_effect && same_but_generation(last, &document) => last.generation,
+        Some(last) => last.generation.max(live.in_effect).saturating_add(1).max(given),
+        None if live.in_effect > 0 => live.in_effect.saturating_add(1).max(given),
+        None => given.max(1),
+    };
+    Desired { generation, ..document }
+}
+
+fn same_but_generation(one: &Desired, other: &Desired) -> bool {
+    let unnumbered = |document: &Desired| Desired { generation: 0, ..document.clone() };
+    unnumbered(one) == unnumbered(other)
+}
+
+/// The ConfigMap with the document.
+///
+/// # Errors
+/// Never in practice: the document is plain data.
+pub fn config_map(mirror: &Mirror, desired: &Desired) -> serde_json::Result<ConfigMap> {
+    Ok(ConfigMap {
+        metadata: child_meta(mirror),
+        data: Some([(DESIRED_FILE.to_owned(), serde_json::to_string(desired)?)].into()),
+        ..ConfigMap::default()
+    })
+}
