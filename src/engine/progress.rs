@@ -48,13 +48,13 @@ pub struct View {
     pub rows_copied: u64,
     /// Rows to copy, by statistics.
     pub rows_to_copy: u64,
-    /// Rows written from the stream.
+    /// Rows written from the stream since its first checkpoint.
     pub rows_streamed: u64,
-    /// Of these, inserted.
+    /// Rows inserted by this process.
     pub inserts: u64,
-    /// Of these, updated.
+    /// Rows updated by this process.
     pub updates: u64,
-    /// Of these, deleted.
+    /// Rows deleted by this process.
     pub deletes: u64,
     /// Parts applied.
     pub batches: u64,
@@ -178,10 +178,12 @@ impl Progress {
         }
     }
 
-    pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode) {
+    pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode, rows_streamed: u64) {
         let mut state = self.state();
         state.view.epoch = epoch;
         state.view.apply_mode = Some(mode.as_str());
+        // What a lost session had written and not committed comes again.
+        state.view.rows_streamed = rows_streamed;
     }
 
     pub(super) fn set_waiting(&self, waiting: Option<String>) {
