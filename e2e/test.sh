@@ -57,7 +57,7 @@ run_chart() {
 run_e2e() {
   local log rc=0 ok bad
   log=$(mktemp)
-  e2e/e2e.sh | tee "$log" || rc=$?
+  SLUICE_PROFILE=${SLUICE_PROFILE:-dev} e2e/e2e.sh | tee "$log" || rc=$?
   ok=$(grep -c '^PASS ' "$log" || true) bad=$(grep -c '^FAIL ' "$log" || true)
   if [ "$rc" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
   if [ "$ok" = 0 ] && [ "$bad" = 0 ]; then bad=1; fi

@@ -384,3 +384,19 @@ async fn sigterm_ends_the_worker_in_time_with_its_position_kept() {
     worker.wait_level(&left).await;
     assert_equal(&left, &right, &TABLES).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_streamed_are_counted_once_whatever_happens_to_the_worker() {
+    let (source, target, left, right) = pair(15).await;
+    seed(&left, 1_000).await;
+    let mut worker = Worker::start((&source, "shop"), (&target, "dw"), &TABLE_NAMES);
+    worker.wait_streaming().await;
+    left.batch_execute("UPDATE accounts SET owner = 'one' WHERE id <= 100; DELETE FROM accounts WHERE id <= 10").await.unwrap();
+    worker.wait_level(&left).await;
+    worker.kill9();
+    worker.spawn();
+    left.batch_execute("INSERT INTO log VALUES ('x', 1), ('y', 2)").await.unwrap();
+    worker.wait_level(&left).await;
+    assert_eq!(worker.status().await.unwrap().rows_streamed, 112);
+    assert_equal(&left, &right, &TABLES).await;
+}

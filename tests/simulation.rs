@@ -482,6 +482,7 @@ impl Target for Shared {
                 position: Pos(position),
                 timeline: 1,
                 owner: owner.clone(),
+                rows_streamed: 0,
                 tables: tables.collect(),
             });
             let applier =

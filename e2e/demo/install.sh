@@ -5,8 +5,10 @@
 SYSTEM_NAMESPACE=sluice-system
 KINDS=(mirrors sources targets)
 
-BINARY=$CARGO_TARGET_DIR/release/sluice
-build_binary() { cd "$REPO" && cargo build --release --locked; }
+# Cargo's profile of the binary: the end-to-end tests take the one that the other tests have built already.
+SLUICE_PROFILE=${SLUICE_PROFILE:-release}
+BINARY=$CARGO_TARGET_DIR/${SLUICE_PROFILE/#dev/debug}/sluice
+build_binary() { cd "$REPO" && cargo build --profile "$SLUICE_PROFILE" --locked; }
 # A tag that changes with the binary: a pod never runs an older image of the same name.
 binary_tag() { echo "dev-$(sha256sum < "$BINARY" | cut -c1-10)"; }
 sluice_archive() { "$REPO/e2e/images/build.sh" sluice "$1" "$BINARY"; }

@@ -83,7 +83,7 @@ BEGIN
     n := n + 1;
     BEGIN
       INSERT INTO customers (public_id, email, name, profile, notes, created_at)
-        VALUES (gen_random_uuid(), 'w' || writer || '-' || n || '@example.com', 'Written ' || n,
+        VALUES (gen_random_uuid(), 'w' || writer || '-' || pg_backend_pid() || '-' || n || '@example.com', 'Written ' || n,
                 jsonb_build_object('writer', writer, 'round', n), CASE WHEN n % 10 = 0 THEN long_text(writer || ' ' || n) END, clock_timestamp())
         RETURNING id INTO c;
       INSERT INTO orders (customer_id, status, total, placed_at) VALUES (c, 'new', random() * 1000, clock_timestamp()) RETURNING id INTO o;

@@ -78,6 +78,15 @@ pub struct Plan {
     pub column_sets: Vec<MissingColumns>,
 }
 
+impl Plan {
+    /// Rows that the steps write; a truncate writes none.
+    #[must_use]
+    pub fn rows(&self) -> i64 {
+        let rows = self.steps.iter().filter(|step| step.action != Action::Truncate).map(|step| step.changes.len());
+        i64::try_from(rows.sum::<usize>()).unwrap_or(i64::MAX)
+    }
+}
+
 /// Plans the changes for which `due` (by index) says yes. `rules` has one entry per table of the batch.
 ///
 /// Fails when an image that is needed to find a row was not sent.

@@ -109,7 +109,8 @@ where
         StreamKey { system_identifier: identity.system_identifier.clone(), database: identity.database.clone(), slot: config.slot.clone() };
     let (claimed, mut applier) = target.claim(&key, &config.owner, *held).await?;
     *held = Some(claimed.claim.epoch);
-    progress.set_claim(claimed.claim.epoch, applier.mode());
+    let streamed = claimed.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.rows_streamed);
+    progress.set_claim(claimed.claim.epoch, applier.mode(), streamed);
     target.check(&identity, &tables, &source.fed(&tables).await?).await?;
 
     progress.set_phase(Phase::SettingUp);

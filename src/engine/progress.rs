@@ -48,13 +48,13 @@ pub struct View {
     pub rows_copied: u64,
     /// Rows to copy, by statistics.
     pub rows_to_copy: u64,
-    /// Rows written from the stream.
+    /// Rows written from the stream since its first checkpoint.
     pub rows_streamed: u64,
-    /// Of these, inserted.
+    /// Rows inserted by this process.
     pub inserts: u64,
-    /// Of these, updated.
+    /// Rows updated by this process.
     pub updates: u64,
-    /// Of these, deleted.
+    /// Rows deleted by this process.
     pub deletes: u64,
     /// Parts applied.
     pub batches: u64,
@@ -75,6 +75,28 @@ struct State {
     view: View,
     tables: BTreeMap<QualifiedName, TableState>,
     last_commit: Option<SystemTime>,
+    rolled_back: Option<RolledBack>,
+}
+
+/// A transaction larger than a batch that was rolled back on the target before its end, and begins again each time.
+#[derive(Debug)]
+struct RolledBack {
+    commit_start: Option<String>,
+    times: u32,
+    bytes: usize,
+}
+
+/// Roll-backs of one transaction from which it is told: whoever suspends again and again should know.
+const TELL_ROLL_BACKS: u32 = 3;
+
+impl RolledBack {
+    fn told(&self) -> Option<String> {
+        let Self { commit_start, times, bytes } = self;
+        (*times >= TELL_ROLL_BACKS).then(|| {
+            let place = commit_start.as_deref().unwrap_or("an unknown position");
+            format!("a transaction at {place} was rolled back {times} times before its end and begins anew each time; {} MiB of it had been applied", bytes >> 20)
+        })
+    }
 }
 
 /// Shared by a session and its watchers.
@@ -103,6 +125,7 @@ impl Progress {
         for table in state.tables.values() {
             *view.tables.entry(table.as_str()).or_default() += 1;
         }
+        view.waiting = view.waiting.or_else(|| state.rolled_back.as_ref().and_then(RolledBack::told));
         let behind = view.lag_bytes.is_some_and(|bytes| bytes > 0) && view.received != view.applied;
         view.lag_seconds = match state.last_commit {
             _ if !behind && view.lag_bytes.is_some() => Some(0),
@@ -132,6 +155,18 @@ impl Progress {
             ..View::default()
         };
         state.tables = old.tables;
+        state.rolled_back = old.rolled_back;
+    }
+
+    pub(super) fn rolled_back(&self, commit_start: Option<String>, bytes: usize) {
+        let mut state = self.state();
+        let earlier = state.rolled_back.take().filter(|earlier| earlier.commit_start == commit_start);
+        let times = earlier.map_or(0, |earlier| earlier.times) + 1;
+        state.rolled_back = Some(RolledBack { commit_start, times, bytes });
+    }
+
+    pub(super) fn large_transaction_ended(&self) {
+        self.state().rolled_back = None;
     }
 
     pub(super) fn set_phase(&self, phase: Phase) {
@@ -143,10 +178,12 @@ impl Progress {
         }
     }
 
-    pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode) {
+    pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode, rows_streamed: u64) {
         let mut state = self.state();
         state.view.epoch = epoch;
         state.view.apply_mode = Some(mode.as_str());
+        // What a lost session had written and not committed comes again.
+        state.view.rows_streamed = rows_streamed;
     }
 
     pub(super) fn set_waiting(&self, waiting: Option<String>) {
@@ -226,6 +263,22 @@ mod tests {
         assert!(view.lag_seconds.is_some_and(|seconds| seconds > 1_000_000));
         progress.set_position(&Pos(20), &Pos(20), &Pos(30));
         assert_eq!(progress.view().lag_seconds, Some(0), "what comes next does not concern this stream yet");
+    }
+
+    #[test]
+    fn a_transaction_that_is_rolled_back_again_and_again_is_told() {
+        let progress = Progress::new();
+        for times in 1..=3 {
+            assert_eq!(progress.view().waiting, None, "after {} times", times - 1);
+            progress.rolled_back(Some("0/10".into()), 3 << 20);
+            progress.begin_session();
+        }
+        let told = progress.view().waiting.expect("it is told");
+        assert!(told.contains("0/10") && told.contains("3 times") && told.contains("3 MiB"), "{told}");
+        progress.large_transaction_ended();
+        assert_eq!(progress.view().waiting, None);
+        progress.rolled_back(Some("0/20".into()), 1);
+        assert_eq!(progress.view().waiting, None, "another transaction is counted from one");
     }
 
     #[test]

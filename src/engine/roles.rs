@@ -252,6 +252,8 @@ pub struct Checkpoint<P> {
     pub timeline: i64,
     /// Owner that wrote it last.
     pub owner: Owner,
+    /// Rows written from the stream since its first checkpoint.
+    pub rows_streamed: u64,
     /// Tables by source name.
     pub tables: HashMap<QualifiedName, TableCheckpoint<P>>,
 }

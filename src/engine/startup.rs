@@ -152,7 +152,7 @@ mod tests {
 
     fn checkpoint(position: u64, timeline: i64) -> Checkpoint<Pos> {
         let owner = Owner { namespace: "n".into(), name: "m".into(), uid: "u".into() };
-        Checkpoint { position: Pos(position), timeline, owner, tables: HashMap::new() }
+        Checkpoint { position: Pos(position), timeline, owner, rows_streamed: 0, tables: HashMap::new() }
     }
 
     fn slot(confirmed: u64) -> LogState<Pos> {

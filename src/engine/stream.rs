@@ -26,12 +26,18 @@ struct Follower<'a, S: Source, A> {
     handover: Handover<S::Position>,
     applier: A,
     progress: &'a Progress,
-    /// A target transaction is open between two parts.
-    open: bool,
+    /// A target transaction is open between two parts: which one, and the bytes of its parts so far.
+    open: Option<Open<S::Position>>,
     /// An idle source's position that is not in the checkpoint yet.
     idle: Option<S::Position>,
     idle_since: Instant,
     membership_checked: Instant,
+}
+
+/// A transaction of the source that is larger than a batch.
+struct Open<P> {
+    commit_start: Option<P>,
+    bytes: usize,
 }
 
 /// What made a step.
@@ -55,12 +61,15 @@ where
     };
     let now = Instant::now();
     let mut follower =
-        Follower { source, log, tables, handover, applier, progress, open: false, idle: None, idle_since: now, membership_checked: now };
+        Follower { source, log, tables, handover, applier, progress, open: None, idle: None, idle_since: now, membership_checked: now };
     let result = tokio::select! {
         biased;
         () = stop.now.cancelled() => None,
         result = follower.run(stop) => Some(result),
     };
+    if let Some(open) = &follower.open {
+        progress.rolled_back(open.commit_start.as_ref().map(ToString::to_string), open.bytes);
+    }
     match result {
         Some(Err(error)) => Err(error),
         // Told to end: what is running is cancelled and an open transaction rolled back; the position stays.
@@ -80,14 +89,14 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             let event = tokio::select! {
                 biased;
                 // An open transaction is finished first: its rest is on its way.
-                () = stop.finish.cancelled(), if !self.open => Event::Finish,
+                () = stop.finish.cancelled(), if self.open.is_none() => Event::Finish,
                 _ = tick.tick() => Event::Tick,
                 part = self.log.next() => Event::Part(Box::new(part?)),
             };
             match event {
                 Event::Finish => return self.confirm().await,
                 Event::Tick => self.tick().await?,
-                Event::Part(part) if part.is_idle() && !self.open => self.note_idle(part.received).await?,
+                Event::Part(part) if part.is_idle() && self.open.is_none() => self.note_idle(part.received).await?,
                 Event::Part(part) => self.apply(&part).await?,
             }
         }
@@ -98,9 +107,14 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         let handover = &self.handover;
         let due = |table: u32, index: usize| handover.is_due(part, table, index);
         let applied = self.applier.apply(part, &due, &joined).await?;
-        self.open = !applied.committed;
         if applied.committed {
+            if self.open.take().is_some() {
+                self.progress.large_transaction_ended();
+            }
             self.moved(part.end().clone());
+        } else {
+            let open = self.open.get_or_insert(Open { commit_start: part.open_from.clone(), bytes: 0 });
+            open.bytes += part.batch.size();
         }
         let last_commit = part.boundaries.last().map(|boundary| boundary.committed_at);
         self.progress.applied(applied, part.batch.size(), last_commit);
@@ -137,7 +151,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     }
 
     async fn tick(&mut self) -> Result<()> {
-        if !self.open && self.idle_since.elapsed() >= IDLE_ADVANCE {
+        if self.open.is_none() && self.idle_since.elapsed() >= IDLE_ADVANCE {
             self.advance().await?;
             self.idle_since = Instant::now();
         }
@@ -162,7 +176,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     /// A table can be taken out of a publication without a word in the log (`DROP COLUMN … CASCADE` of a listed column
     /// does it): what happened to it since is gone.
     async fn check_membership(&mut self) -> Result<()> {
-        if self.open {
+        if self.open.is_some() {
             return Ok(());
         }
         let published = self.source.published().await?;

@@ -267,7 +267,7 @@ fn decide(told: Option<(&Key, &Numbers, Duration)>, key: &Key, numbers: &Numbers
         return Wake::Transition;
     }
     let copying = matches!(key, Key::Answers { phase: Phase::Copying | Phase::CatchingUp, .. });
-    let pace = Duration::from_secs(if copying { 10 } else { 60 });
+    let pace = if copying { MOVING } else { STEADY };
     #[allow(clippy::cast_precision_loss)] // far below 2^52 workers
     let fair = Duration::from_secs_f64(count as f64 / PROGRESS_PER_SECOND);
     if last_numbers != numbers && ago >= pace.max(fair) { Wake::Progress } else { Wake::No }
@@ -405,10 +405,10 @@ mod tests {
             let same = key(status(phase));
             decide(Some((&same, &old, Duration::from_secs(seconds))), &same, &new, count)
         };
-        assert_eq!(at(Phase::Copying, 9, 1), Wake::No);
-        assert_eq!(at(Phase::Copying, 10, 1), Wake::Progress);
-        assert_eq!(at(Phase::Streaming, 59, 1), Wake::No);
-        assert_eq!(at(Phase::Streaming, 60, 1), Wake::Progress);
+        assert_eq!(at(Phase::Copying, 1, 1), Wake::No);
+        assert_eq!(at(Phase::Copying, 2, 1), Wake::Progress);
+        assert_eq!(at(Phase::Streaming, 9, 1), Wake::No);
+        assert_eq!(at(Phase::Streaming, 10, 1), Wake::Progress);
         assert_eq!(at(Phase::Streaming, 499, 10_000), Wake::No);
         assert_eq!(at(Phase::Streaming, 500, 10_000), Wake::Progress);
         let same = key(status(Phase::Streaming));

@@ -84,7 +84,7 @@ pub struct MirrorStatus {
     /// Rows copied by the initial copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows_copied: Option<i64>,
-    /// Rows streamed since.
+    /// Rows written from the stream since the first copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows_streamed: Option<i64>,
     /// The worker.

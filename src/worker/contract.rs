@@ -228,7 +228,7 @@ pub struct Status {
     pub rows_copied: u64,
     /// Rows to copy, by statistics.
     pub rows_to_copy: u64,
-    /// Rows streamed by this process.
+    /// Rows streamed since the first checkpoint.
     pub rows_streamed: u64,
     /// All tables have been copied.
     pub snapshot_completed: bool,

@@ -57,8 +57,12 @@ async fn temporary_slots_go_at_once(major: u32) {
     let database = Database::new(major, "temporary", "CREATE TABLE t(id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
+    if major >= 17 {
+        database.run("ALTER DATABASE temporary SET transaction_timeout = '200ms'").await;
+    }
     let snapshot = source.snapshot().await.unwrap();
     assert_eq!(slots(&database).await, "", "and the snapshot lives on");
+    database.run("SELECT pg_sleep(0.3)").await;
     database.run("INSERT INTO t VALUES (2)").await;
     assert_eq!(super::lines(&snapshot, &tables[0], &snapshot.ranges(&tables[0], 1000)).await, ["1"]);
     source.mark().await.unwrap();

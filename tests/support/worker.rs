@@ -1,4 +1,5 @@
 //! Real worker processes for tests: configuration in a folder of their own, driven over HTTP as the operator does.
+#![allow(dead_code)] // each test target uses its part of it
 
 use crate::support::{Postgres, eventually, free_port};
 use serde_json::Value;

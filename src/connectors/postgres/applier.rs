@@ -47,6 +47,8 @@ pub struct PostgresApplier {
     durability: Durability,
     /// A transaction of changes is open.
     in_transaction: bool,
+    /// Rows that the open transaction writes, this part's included.
+    uncommitted_rows: i64,
     /// The last part left its transaction open.
     part_is_open: bool,
     /// A part has failed or was cancelled: what the target holds of it is not known.
@@ -73,6 +75,7 @@ impl PostgresApplier {
             // The claim was flushed to disk, and with it all that was committed before.
             durability: Durability::new(position),
             in_transaction: false,
+            uncommitted_rows: 0,
             part_is_open: false,
             broken: false,
         })
@@ -145,6 +148,7 @@ impl PostgresApplier {
         self.check_versions(&part.batch, due)?;
         let writers: Vec<Option<&TableWriter>> = part.batch.tables().iter().map(|version| self.writers.get(&version.id)).collect();
         let plan = coalesce::plan(&part.batch, &rules(&writers), |change, index| due(part.batch.table(change).id, index))?;
+        self.uncommitted_rows += plan.rows();
         let checkpoint = if part.open { None } else { Some(self.checkpoint_move(*part.end())?) };
         if plan.steps.is_empty() && !self.in_transaction {
             let still = checkpoint.as_ref().is_none_or(|checkpoint| checkpoint.to <= checkpoint.from);
@@ -186,7 +190,7 @@ impl PostgresApplier {
     fn checkpoint_move(&self, to: Lsn) -> Result<CheckpointMove> {
         let from = self.position;
         let from = from.ok_or_else(|| Error::bug("the checkpoint was moved before its first position was written"))?;
-        Ok(CheckpointMove { from, to })
+        Ok(CheckpointMove { from, to, rows: self.uncommitted_rows })
     }
 
     /// Rows come under the versions that were prepared. Under another one they can be skipped, not written.
@@ -212,6 +216,7 @@ impl PostgresApplier {
         let (committed, looked) = futures::future::join(commit, look).await;
         committed.map_err(failed("commit changes"))?;
         self.in_transaction = false;
+        self.uncommitted_rows = 0;
         self.position = Some(position);
         let row = looked.map_err(failed("read the target's log position"))?;
         self.durability.committed(position, Lsn(row.get::<_, PgLsn>(0).into()));
@@ -362,6 +367,8 @@ impl Apply for PostgresApplier {
 pub(super) struct CheckpointMove {
     pub from: Lsn,
     pub to: Lsn,
+    /// Rows that the transaction writes.
+    pub rows: i64,
 }
 
 fn applied_by(applied: Applied, part: &Part<Lsn>) -> Applied {

@@ -2,7 +2,7 @@
 //!
 //! `streams` has one row per stream (position, epoch, claim, owner), `tables` one per table of a stream, `ranges` one per
 //! copied range. Invariants:
-//! * a transaction that writes for a stream ends with a statement that proves the epoch: [`Claim::move_position`] or
+//! * a transaction that writes for a stream ends with a statement that proves the epoch: [`prepare_move`] or
 //!   [`Claim::check`]. A claim raises the epoch under a row lock that both of them conflict with, so no such
 //!   transaction commits after a claim that did not see it;
 //! * the proof locks the row only from the last statement to the commit, so a claimer never waits long; should an old
@@ -30,7 +30,7 @@ pub(super) struct KnownTable {
 pub(super) async fn prepare_move(client: &Client) -> Result<Statement> {
     client
         .prepare(
-            "UPDATE _sluice.streams SET position = $5, updated_at = now()
+            "UPDATE _sluice.streams SET position = $5, rows_streamed = rows_streamed + $7, updated_at = now()
              WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND epoch = $4 AND position IS NOT DISTINCT FROM $6",
         )
         .await

@@ -30,6 +30,10 @@ use tokio_postgres::{CopyOutStream, SimpleQueryMessage};
 const PIECE: usize = 64 * 1024;
 /// How long a user's exclusive lock on a table is waited for.
 const LOCK_LIMIT: Duration = Duration::from_secs(600);
+/// A limit of role or database would end a long copy, or the wait for a slot. It came with PostgreSQL 17, and a startup parameter
+/// that the server does not know is an error.
+pub(super) const UNLIMITED_TRANSACTIONS: &str =
+    "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 /// The last range has no upper bound: see [`split`].
 const END: u64 = u64::MAX;
 
@@ -53,11 +57,8 @@ struct Readers {
 impl PostgresSnapshot {
     /// Takes over a snapshot that another session has exported and still holds.
     pub async fn import(endpoint: &Endpoint, application_name: &str, position: Lsn, exported: &str) -> Result<Self> {
-        let holder = connect(endpoint, Side::Source, application_name).await?;
         let readers = Readers { endpoint: endpoint.clone(), application_name: application_name.to_owned(), idle: Mutex::new(Vec::new()) };
-        // From 17 on a limit of the role or database could end the holder's transaction.
-        const NO_LIMIT: &str = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'";
-        answer(Side::Source, "lift the limit of transactions", holder.query(NO_LIMIT, &[])).await?;
+        let holder = readers.connect().await?;
         let begin = begin(exported);
         answer(Side::Source, "import the slot's snapshot", holder.batch_execute(&begin)).await?;
         let name = answer(Side::Source, "export the snapshot", holder.query_one("SELECT pg_export_snapshot()", &[])).await?.get(0);
@@ -126,7 +127,13 @@ impl Readers {
                 return Ok(session);
             }
         }
-        connect(&self.endpoint, Side::Source, &self.application_name).await
+        self.connect().await
+    }
+
+    async fn connect(&self) -> Result<Session> {
+        let session = connect(&self.endpoint, Side::Source, &self.application_name).await?;
+        answer(Side::Source, "lift the limit of transactions", session.query(UNLIMITED_TRANSACTIONS, &[])).await?;
+        Ok(session)
     }
 
     fn give_back(&self, session: Session) {

@@ -9,7 +9,7 @@ use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
 use super::replication::{ReplicationClient, connect_replication};
 use super::slot::NewSlot;
-use super::snapshot::PostgresSnapshot;
+use super::snapshot::{PostgresSnapshot, UNLIMITED_TRANSACTIONS};
 use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
@@ -89,6 +89,7 @@ impl PostgresSource {
     /// Makes a slot and takes its snapshot over, so that the replication session is free.
     async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
         let mut client = self.replication().await?;
+        client.simple_query(UNLIMITED_TRANSACTIONS).await?;
         let observer = self.session().await?;
         let new = NewSlot { name, temporary, limit: self.creation_limit };
         let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;

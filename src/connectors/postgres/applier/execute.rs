@@ -117,9 +117,10 @@ impl<'a> Executor<'a> {
     pub async fn move_checkpoint(&mut self, statement: &Statement, claim: &'a Claim, checkpoint: &CheckpointMove) -> Result<()> {
         let (client, statement) = (self.client, statement.clone());
         let (from, to) = (checkpoint.from.to_string(), checkpoint.to.max(checkpoint.from).to_string());
+        let rows = checkpoint.rows;
         let run = Box::pin(async move {
             let key = &claim.key;
-            let parameters: [&(dyn ToSql + Sync); 6] = [&key.system_identifier, &key.database, &key.slot, &claim.epoch, &to, &from];
+            let parameters: [&(dyn ToSql + Sync); 7] = [&key.system_identifier, &key.database, &key.slot, &claim.epoch, &to, &from, &rows];
             client.execute(&statement, &parameters).await.map(Answer::Rows)
         });
         self.send(run, 0, Wrote::Checkpoint).await

@@ -20,10 +20,11 @@ struct StreamRow {
     position: Option<String>,
     timeline: i64,
     log_intended: bool,
+    rows_streamed: i64,
 }
 
 impl StreamRow {
-    const COLUMNS: &str = "epoch, mirror_namespace, mirror_name, mirror_uid, position, timeline, log_intended";
+    const COLUMNS: &str = "epoch, mirror_namespace, mirror_name, mirror_uid, position, timeline, log_intended, rows_streamed";
 
     fn read(row: &Row) -> Self {
         Self {
@@ -32,6 +33,7 @@ impl StreamRow {
             position: row.get(4),
             timeline: row.get(5),
             log_intended: row.get(6),
+            rows_streamed: row.get(7),
         }
     }
 
@@ -161,6 +163,7 @@ async fn raise_epoch_inside(
             position: parse_position(position)?,
             timeline: stream.timeline,
             owner: stream.owner,
+            rows_streamed: stream.rows_streamed.unsigned_abs(),
             tables: read_tables(client, key).await?,
         }),
     };

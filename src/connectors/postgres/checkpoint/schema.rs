@@ -23,6 +23,7 @@ const CREATE: &str = "
         epoch bigint NOT NULL DEFAULT 0,
         claim jsonb NOT NULL DEFAULT '[]',
         log_intended boolean NOT NULL DEFAULT false,
+        rows_streamed bigint NOT NULL DEFAULT 0,
         mirror_namespace text NOT NULL,
         mirror_name text NOT NULL,
         mirror_uid text NOT NULL,
