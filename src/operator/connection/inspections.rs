@@ -152,6 +152,14 @@ mod tests {
         assert!(outcome.is_settled());
     }
 
+    #[test]
+    fn what_is_new_is_looked_at_more_often() {
+        let bounds = |pace: Duration| pace.mul_f64(0.8)..=pace.mul_f64(1.2);
+        for (age, pace) in [(0, FIRST), (20, Duration::from_secs(10)), (3600, FAILING)] {
+            assert!(bounds(pace).contains(&pace_of_missing(Duration::from_secs(age))), "{age} s");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_server_that_never_answers_is_unreachable() {
         let fake = FakeDatabases::silent();

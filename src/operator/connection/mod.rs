@@ -166,13 +166,15 @@ async fn look<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Result<(Ou
         // Secrets are not watched; they are read again at this pace.
         Err(error) if matches!(error.class, ErrorClass::Missing | ErrorClass::Invalid) => {
             let age = age(object.meta());
-            let mut failure = Failure::from(error);
-            // What is applied together does not arrive together.
-            failure.may_pass = failure.reason == reason::SECRET_NOT_FOUND && age < PATIENCE;
-            Ok((Outcome::Failed(failure), pace_of_missing(age)))
+            Ok((Outcome::Failed(patient(Failure::from(error), age)), pace_of_missing(age)))
         }
         Err(error) => Err(error),
     }
+}
+
+/// What is applied together does not arrive together: a Secret may be on its way for a while.
+fn patient(failure: Failure, age: Duration) -> Failure {
+    Failure { may_pass: failure.reason == reason::SECRET_NOT_FOUND && age < PATIENCE, ..failure }
 }
 
 /// How long the object has been there.
@@ -196,4 +198,17 @@ async fn tell<K: Kind>(object: &K, ctx: &Context, report: Report) -> Result<()> 
         ctx.events.publish(&regarding, event.kind, event.reason, "Inspect", &event.note).await;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_may_be_on_its_way_and_a_wrong_one_is_wrong() {
+        let failure = |reason| Failure { may_pass: false, reason, message: String::new() };
+        assert!(patient(failure(reason::SECRET_NOT_FOUND), Duration::ZERO).may_pass);
+        assert!(!patient(failure(reason::SECRET_NOT_FOUND), PATIENCE).may_pass);
+        assert!(!patient(failure(reason::SECRET_KEY_MISSING), Duration::ZERO).may_pass);
+    }
 }

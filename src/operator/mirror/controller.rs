@@ -210,3 +210,19 @@ fn next_look(intent: &Intent, applied: &Applied, observed: &Observed, behind: bo
         MOVING
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_may_be_on_its_way_for_a_while() {
+        let with = |reason, age| {
+            let intent = Intent { desired: None, deploy: false, resumes: false, problem: Some(Problem::stop(reason, "")) };
+            patient(intent, age).problem.expect("a problem").needs_human
+        };
+        assert!(!with(reason::SOURCE_NOT_FOUND, Duration::ZERO) && !with(reason::TARGET_NOT_FOUND, Duration::ZERO));
+        assert!(with(reason::SOURCE_NOT_FOUND, PATIENCE));
+        assert!(with(reason::SOURCE_DELETING, Duration::ZERO));
+    }
+}
