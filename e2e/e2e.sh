@@ -187,7 +187,7 @@ upgrade_restarts_no_worker() {
   local worker
   worker=$(worker_identity)
   install_sluice localhost/sluice "$TAG-next" --set operator.release=next --set operator.log.level=debug \
-    --set worker.networkPolicies=false --set operator.podAnnotations.e2e=next
+    --set worker.imagePullPolicy=Never --set operator.podAnnotations.e2e=next
   expect "image of the operator" "$(kubectl get pods -n $SYSTEM_NAMESPACE -l app.kubernetes.io/name=sluice --field-selector=status.phase=Running \
     -o 'jsonpath={.items[*].spec.containers[0].image}' | tr ' ' '\n' | sort -u)" "localhost/sluice:$TAG-next"
   kubectl patch mirror $MIRROR -n shop --type merge -p '{"spec": {"stream": {"maxDelayMilliseconds": 20}}}'
