@@ -314,12 +314,14 @@ async fn without_a_copy_the_start_must_be_known() {
 async fn a_table_that_left_the_publication_is_an_error_of_that_table() {
     let servers = servers().await;
     servers.left.batch_execute("CREATE TABLE other (id int PRIMARY KEY, name text)").await.unwrap();
-    let mut worker = servers.worker(&["items", "other"], |_| {});
+    let worker = servers.worker(&["items", "other"], |_| {});
     worker.wait_streaming().await;
     servers.left.batch_execute("ALTER PUBLICATION sluice_test DROP TABLE other; INSERT INTO other VALUES (1, 'not seen')").await.unwrap();
-    worker.change(|desired| desired.stream.max_batch_rows += 1).await;
+    // The next description of a table is the sign: noticed without a new session, before the minute is over.
+    servers.left.batch_execute("ALTER TABLE items ALTER name SET STATISTICS 50").await.unwrap();
+    servers.left.batch_execute("INSERT INTO items VALUES (2999, 'described')").await.unwrap();
     worker
-        .wait_for(90, "the table's error", |status| {
+        .wait_for(20, "the table's error", |status| {
             status.table_errors.get("public.other").is_some_and(|why| why.contains("LeftPublication"))
         })
         .await;

@@ -424,6 +424,10 @@ impl ChangeLog for SimLog {
         world.slot = world.slot.max(Some(durable.0));
     }
 
+    fn announced(&self) -> u64 {
+        0
+    }
+
     fn received(&self) -> (Pos, Pos) {
         (Pos(self.received.get()), Pos(self.shared.world().end))
     }

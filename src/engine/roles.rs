@@ -220,6 +220,9 @@ pub trait ChangeLog: Send + 'static {
     /// Confirms what is durable on the target. Feedback itself runs in a task of its own.
     fn confirm(&self, durable: &Self::Position);
 
+    /// How often the log has described a table so far. A new description is a sign that something about tables has changed.
+    fn announced(&self) -> u64;
+
     /// Last position that was received, and the source's end of log as it last said.
     fn received(&self) -> (Self::Position, Self::Position);
 }

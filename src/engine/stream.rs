@@ -14,7 +14,7 @@ use tokio::time::Instant;
 const TICK: Duration = Duration::from_millis(200);
 /// How often an idle stream writes its position into the checkpoint.
 const IDLE_ADVANCE: Duration = Duration::from_secs(10);
-/// How often the publication is compared with what should be in it.
+/// How often the publication is compared with what should be in it, besides each time the log describes a table anew.
 const MEMBERSHIP_CHECK: Duration = Duration::from_secs(60);
 /// Bound for rolling back when the session is told to end.
 const ABORT_LIMIT: Duration = Duration::from_secs(1);
@@ -32,6 +32,8 @@ struct Follower<'a, S: Source, A> {
     idle: Option<S::Position>,
     idle_since: Instant,
     membership_checked: Instant,
+    /// Descriptions of tables that the last check of the membership has seen.
+    announced: u64,
 }
 
 /// A transaction of the source that is larger than a batch.
@@ -60,8 +62,19 @@ where
         log = source.open(handover.checkpoint(), &tables, limits) => log?,
     };
     let now = Instant::now();
-    let mut follower =
-        Follower { source, log, tables, handover, applier, progress, open: None, idle: None, idle_since: now, membership_checked: now };
+    let mut follower = Follower {
+        source,
+        log,
+        tables,
+        handover,
+        applier,
+        progress,
+        open: None,
+        idle: None,
+        idle_since: now,
+        membership_checked: now,
+        announced: 0,
+    };
     let result = tokio::select! {
         biased;
         () = stop.now.cancelled() => None,
@@ -155,7 +168,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             self.advance().await?;
             self.idle_since = Instant::now();
         }
-        if self.membership_checked.elapsed() >= MEMBERSHIP_CHECK {
+        let announced = self.log.announced();
+        if self.open.is_none() && (announced != self.announced || self.membership_checked.elapsed() >= MEMBERSHIP_CHECK) {
+            self.announced = announced;
             self.membership_checked = Instant::now();
             self.check_membership().await?;
         }
@@ -176,9 +191,6 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     /// A table can be taken out of a publication without a word in the log (`DROP COLUMN … CASCADE` of a listed column
     /// does it): what happened to it since is gone.
     async fn check_membership(&mut self) -> Result<()> {
-        if self.open.is_some() {
-            return Ok(());
-        }
         let published = self.source.published().await?;
         for table in self.tables.iter().filter(|table| !published.contains(table.source())) {
             if self.handover.leave(table.source()) {

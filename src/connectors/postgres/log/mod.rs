@@ -44,11 +44,18 @@ struct Positions {
     received: AtomicU64,
     server_end: AtomicU64,
     confirmed: AtomicU64,
+    /// Relation messages so far.
+    announced: AtomicU64,
 }
 
 impl Positions {
     fn new(from: Lsn) -> Self {
-        Self { received: AtomicU64::new(from.0), server_end: AtomicU64::new(from.0), confirmed: AtomicU64::new(from.0) }
+        Self {
+            received: AtomicU64::new(from.0),
+            server_end: AtomicU64::new(from.0),
+            confirmed: AtomicU64::new(from.0),
+            announced: AtomicU64::new(0),
+        }
     }
 
     fn confirmed(&self) -> Lsn {
@@ -124,6 +131,10 @@ impl ChangeLog for PostgresLog {
     fn confirm(&self, durable: &Lsn) {
         // Never backwards: the server would not take it either.
         self.positions.confirmed.fetch_max(durable.0, Ordering::AcqRel);
+    }
+
+    fn announced(&self) -> u64 {
+        self.positions.announced.load(Ordering::Acquire)
     }
 
     fn received(&self) -> (Lsn, Lsn) {

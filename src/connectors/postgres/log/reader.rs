@@ -224,7 +224,11 @@ impl Intake {
                 let _start = body.u64()?;
                 self.server_end = self.server_end.max(Lsn(body.u64()?));
                 let _clock = body.u64()?;
-                let decoded = self.assembler.message(body.rest(), now, &mut self.parts);
+                let message = body.rest();
+                if message.first() == Some(&b'R') {
+                    self.positions.announced.fetch_add(1, Ordering::Release);
+                }
+                let decoded = self.assembler.message(message, now, &mut self.parts);
                 // A part that was complete before the message failed is as good as any.
                 while let Some(part) = self.parts.pop() {
                     self.push(part);
