@@ -6,7 +6,7 @@ use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
 use super::log::PostgresLog;
 use super::lsn::Lsn;
-use super::pgoutput::binary_allowed;
+use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
 use super::slot::NewSlot;
 use super::snapshot::{PostgresSnapshot, UNLIMITED_TRANSACTIONS};
@@ -232,9 +232,10 @@ impl Source for PostgresSource {
 
     async fn mark(&self) -> Result<()> {
         // It need not wait for a synchronous standby: the log is sent only after what the server itself demands.
-        const MARK: &str = "BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, 'sluice', ''); COMMIT";
+        let mark =
+            format!("BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, '{MESSAGE_PREFIX}', ''); COMMIT");
         let session = self.session().await?;
-        answer(Side::Source, "write a marker", session.batch_execute(MARK)).await?;
+        answer(Side::Source, "write a marker", session.batch_execute(&mark)).await?;
         self.keep(session);
         Ok(())
     }
