@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// How long the creation of a slot waits for older transactions.
 const CREATION_LIMIT: Duration = Duration::from_secs(600);
 /// Oldest version that is read: it has TID range scans and pgoutput with all that is needed.
