@@ -370,26 +370,12 @@ impl ChangeLog for SimLog {
             // A keepalive, when everything was received.
             if self.next >= world.history.len() && world.rng.random_bool(0.3) {
                 self.received.set(world.end);
-                return Ok(Part {
-                    batch: Batch::default(),
-                    boundaries: Vec::new(),
-                    continues: false,
-                    open: false,
-                    open_from: None,
-                    received: Pos(world.end),
-                });
+                return Ok(Part::idle(Pos(world.end)));
             }
         }
         let world = self.shared.world();
         let versions: Vec<Arc<TableVersion>> = (0..TABLES).map(|table| mapped(table).version).collect();
-        let mut part = Part {
-            batch: Batch::default(),
-            boundaries: Vec::new(),
-            continues: self.inside > 0,
-            open: false,
-            open_from: None,
-            received: Pos(self.received.get()),
-        };
+        let mut part = Part { continues: self.inside > 0, ..Part::idle(Pos(self.received.get())) };
         while let Some(transaction) = world.history.get(self.next) {
             while let Some(change) = transaction.changes.get(self.inside) {
                 if part.batch.changes().len() >= self.limit {

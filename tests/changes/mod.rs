@@ -153,6 +153,7 @@ impl Changes {
             open: end.is_none(),
             open_from: end.is_none().then_some(Lsn(received)),
             received: Lsn(received),
+            heartbeat: None,
         }
     }
 }

@@ -334,8 +334,7 @@ impl Apply for PostgresApplier {
 
     async fn advance(&mut self, position: &Lsn, joined: &[QualifiedName]) -> Result<()> {
         self.usable()?;
-        let idle =
-            Part { batch: Batch::default(), boundaries: Vec::new(), continues: false, open: false, open_from: None, received: *position };
+        let idle = Part::idle(*position);
         let apply = self.apply(&idle, &|_, _| false, joined);
         within(CONTROL_LIMIT, "advance the checkpoint", apply).await.map(|_| ())
     }

@@ -6,7 +6,7 @@ use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
 use super::log::PostgresLog;
 use super::lsn::Lsn;
-use super::pgoutput::binary_allowed;
+use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
 use super::slot::NewSlot;
 use super::snapshot::{PostgresSnapshot, UNLIMITED_TRANSACTIONS};
@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// How long the creation of a slot waits for older transactions.
 const CREATION_LIMIT: Duration = Duration::from_secs(600);
 /// Oldest version that is read: it has TID range scans and pgoutput with all that is needed.
@@ -232,9 +232,10 @@ impl Source for PostgresSource {
 
     async fn mark(&self) -> Result<()> {
         // It need not wait for a synchronous standby: the log is sent only after what the server itself demands.
-        const MARK: &str = "BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, 'sluice', ''); COMMIT";
+        let mark =
+            format!("BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, '{MESSAGE_PREFIX}', ''); COMMIT");
         let session = self.session().await?;
-        answer(Side::Source, "write a marker", session.batch_execute(MARK)).await?;
+        answer(Side::Source, "write a marker", session.batch_execute(&mark)).await?;
         self.keep(session);
         Ok(())
     }
