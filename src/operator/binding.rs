@@ -107,7 +107,11 @@ async fn settle(ctx: &Context, namespace: &str) -> Result<()> {
     }
     apply::ensure_finalizer(ctx, &binding, IN_USE_FINALIZER).await?;
     if binding.metadata.deletion_timestamp.is_some() {
-        info!(namespace, name = binding.name_any(), "the RoleBinding is being deleted; it stays until the namespace's Mirrors are cleaned up");
+        info!(
+            namespace,
+            name = binding.name_any(),
+            "the RoleBinding is being deleted; it stays until the namespace's Mirrors are cleaned up"
+        );
     }
     Ok(())
 }

@@ -10,9 +10,9 @@ use crate::operator::error::Result;
 use crate::resources::names::{IN_USE_FINALIZER, has_finalizer};
 use crate::resources::{Connection, Mirror, Source, Target};
 use k8s_openapi::api::core::v1::Secret;
+use kube::ResourceExt as _;
 use kube::api::ListParams;
 use kube::core::PartialObjectMeta;
-use kube::ResourceExt as _;
 use std::collections::BTreeSet;
 
 /// Mirrors that are named in messages; one more is asked for, to know that there are more.
