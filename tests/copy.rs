@@ -94,7 +94,8 @@ async fn a_lost_connection_costs_one_range(major: u32) {
     eventually(60, "a range is copied again", || async { worker.log().contains("a range is copied again") }).await;
     // On the other side as well: what reads a range, not what holds the snapshot.
     wait_sql(&right, 60, AT_GATE).await;
-    wait_sql(&left, 60, "SELECT count(pg_terminate_backend(pid)) >= 1 FROM pg_stat_activity WHERE datname = 'shop' AND query LIKE 'COPY%'").await;
+    wait_sql(&left, 60, "SELECT count(pg_terminate_backend(pid)) >= 1 FROM pg_stat_activity WHERE datname = 'shop' AND query LIKE 'COPY%'")
+        .await;
     open_gate(&gate).await;
     worker.wait_streaming().await;
     assert_equal(&left, &right, &["t"]).await;
