@@ -11,6 +11,7 @@ use super::errors::classify;
 use super::load;
 use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
+use super::session::UNLIMITED;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
 use crate::engine::table::{Column, MappedTable};
@@ -46,7 +47,10 @@ impl PostgresTarget {
     }
 
     async fn session(&self, application_name: &str) -> Result<Session> {
-        connect(&self.endpoint, Side::Target, application_name).await
+        let session = connect(&self.endpoint, Side::Target, application_name).await?;
+        within(CHECK_LIMIT, "set up the session", async { session.query(UNLIMITED, &[]).await.map_err(failed("set up the session")) })
+            .await?;
+        Ok(session)
     }
 }
 
