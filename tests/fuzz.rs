@@ -49,9 +49,9 @@ fn pgoutput() {
         let damaged = join(&messages);
         // Damage to a value or a position goes unnoticed.
         if targets::pgoutput(&damaged) {
-            whole += 1
+            whole += 1;
         } else {
-            broken += 1
+            broken += 1;
         }
         let noise = noise(&mut random, 200);
         targets::pgoutput(&noise);

@@ -16,7 +16,7 @@ use sluice::engine::roles::{
 };
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableState, TableVersion};
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::pin::pin;
 use std::str::FromStr;
@@ -370,26 +370,12 @@ impl ChangeLog for SimLog {
             // A keepalive, when everything was received.
             if self.next >= world.history.len() && world.rng.random_bool(0.3) {
                 self.received.set(world.end);
-                return Ok(Part {
-                    batch: Batch::default(),
-                    boundaries: Vec::new(),
-                    continues: false,
-                    open: false,
-                    open_from: None,
-                    received: Pos(world.end),
-                });
+                return Ok(Part::idle(Pos(world.end)));
             }
         }
         let world = self.shared.world();
         let versions: Vec<Arc<TableVersion>> = (0..TABLES).map(|table| mapped(table).version).collect();
-        let mut part = Part {
-            batch: Batch::default(),
-            boundaries: Vec::new(),
-            continues: self.inside > 0,
-            open: false,
-            open_from: None,
-            received: Pos(self.received.get()),
-        };
+        let mut part = Part { continues: self.inside > 0, ..Part::idle(Pos(self.received.get())) };
         while let Some(transaction) = world.history.get(self.next) {
             while let Some(change) = transaction.changes.get(self.inside) {
                 if part.batch.changes().len() >= self.limit {
@@ -489,8 +475,14 @@ impl Target for Shared {
                 rows_streamed: 0,
                 tables: tables.collect(),
             });
-            let applier =
-                SimApplier { shared: self.clone(), epoch: stored.epoch, life: world.target_life, open: None, waiting: Vec::new() };
+            let applier = SimApplier {
+                shared: self.clone(),
+                epoch: stored.epoch,
+                life: world.target_life,
+                open: None,
+                waiting: Vec::new(),
+                outcomes: VecDeque::new(),
+            };
             (
                 Claimed { claim: Claim { key: key.clone(), epoch: world.target.epoch }, checkpoint, log_intended: world.target.intended },
                 applier,
@@ -547,6 +539,8 @@ struct SimApplier {
     open: Option<Stored>,
     /// Positions that are committed and not known to be durable.
     waiting: Vec<u64>,
+    /// Of the parts in flight.
+    outcomes: VecDeque<Applied>,
 }
 
 impl SimApplier {
@@ -626,22 +620,23 @@ impl Apply for SimApplier {
 
     async fn apply(
         &mut self,
-        part: &Part<Pos>,
+        part: Arc<Part<Pos>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
-    ) -> Result<Applied> {
+    ) -> Result<()> {
         self.shared.io().await?;
         assert_eq!(part.continues, self.open.is_some(), "a part continues what is open");
         let mut stored = self.open.take().unwrap_or_else(|| self.shared.world().target.clone());
         for (index, change) in part.batch.changes().iter().enumerate() {
             let table = part.batch.table(change).id;
             if due(table, index) {
-                apply_row(&mut stored, part, change, table);
+                apply_row(&mut stored, &part, change, table);
             }
         }
         if part.open {
             self.open = Some(stored);
-            return Ok(Applied::default());
+            self.outcomes.push_back(Applied::default());
+            return Ok(());
         }
         let position = part.end().0;
         self.commit(false, |target| {
@@ -650,7 +645,16 @@ impl Apply for SimApplier {
         })
         .await?;
         self.waiting.push(position);
-        Ok(Applied { committed: true, ..Applied::default() })
+        self.outcomes.push_back(Applied { committed: true, ..Applied::default() });
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        self.outcomes.is_empty()
+    }
+
+    async fn applied(&mut self) -> Result<Option<Applied>> {
+        Ok(self.outcomes.pop_front())
     }
 
     async fn advance(&mut self, position: &Pos, joined: &[QualifiedName]) -> Result<()> {

@@ -184,6 +184,15 @@ pub struct Boundary<P> {
     pub committed_at: SystemTime,
 }
 
+/// A message that Sluice itself has written into the source's log, inside a transaction: it comes round with the changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Heartbeat<P> {
+    /// What was written.
+    pub content: String,
+    /// End of the transaction that it was written in.
+    pub end: P,
+}
+
 /// What a change log hands out: whole transactions, or a piece of one that is larger than a batch.
 ///
 /// Changes after the last boundary belong to a transaction whose end follows in a later part. A part that continues such
@@ -204,9 +213,17 @@ pub struct Part<P> {
     pub open_from: Option<P>,
     /// Everything up to here has been received, the part included; where the stream stands when nothing happens.
     pub received: P,
+    /// The last message of our own among the transactions that end in the part.
+    pub heartbeat: Option<Heartbeat<P>>,
 }
 
 impl<P> Part<P> {
+    /// A part that only moves the position.
+    pub fn idle(received: P) -> Self {
+        let batch = Batch::default();
+        Self { batch, boundaries: Vec::new(), continues: false, open: false, open_from: None, received, heartbeat: None }
+    }
+
     /// Where the checkpoint stands when the part is applied: the end of its last transaction, or what was received.
     pub fn end(&self) -> &P {
         self.boundaries.last().map_or(&self.received, |boundary| &boundary.end)

@@ -124,6 +124,7 @@ mod tests {
             open: open_from.is_some(),
             open_from: open_from.map(Pos),
             received: Pos(ends.last().copied().unwrap_or(0)),
+            heartbeat: None,
         }
     }
 

@@ -6,10 +6,11 @@ use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
 use super::log::PostgresLog;
 use super::lsn::Lsn;
-use super::pgoutput::binary_allowed;
+use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
+use super::session::UNLIMITED;
 use super::slot::NewSlot;
-use super::snapshot::{PostgresSnapshot, UNLIMITED_TRANSACTIONS};
+use super::snapshot::PostgresSnapshot;
 use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
@@ -19,7 +20,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// How long the creation of a slot waits for older transactions.
 const CREATION_LIMIT: Duration = Duration::from_secs(600);
 /// Oldest version that is read: it has TID range scans and pgoutput with all that is needed.
@@ -89,7 +90,7 @@ impl PostgresSource {
     /// Makes a slot and takes its snapshot over, so that the replication session is free.
     async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
         let mut client = self.replication().await?;
-        client.simple_query(UNLIMITED_TRANSACTIONS).await?;
+        client.simple_query(UNLIMITED).await?;
         let observer = self.session().await?;
         let new = NewSlot { name, temporary, limit: self.creation_limit };
         let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;
@@ -232,9 +233,10 @@ impl Source for PostgresSource {
 
     async fn mark(&self) -> Result<()> {
         // It need not wait for a synchronous standby: the log is sent only after what the server itself demands.
-        const MARK: &str = "BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, 'sluice', ''); COMMIT";
+        let mark =
+            format!("BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, '{MESSAGE_PREFIX}', ''); COMMIT");
         let session = self.session().await?;
-        answer(Side::Source, "write a marker", session.batch_execute(MARK)).await?;
+        answer(Side::Source, "write a marker", session.batch_execute(&mark)).await?;
         self.keep(session);
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::connectors::postgres::errors::violation;
 use crate::connectors::postgres::lsn::Lsn;
 use crate::connectors::postgres::pgoutput::{Decoder, Message};
-use crate::engine::batch::{Batch, Boundary, Part};
+use crate::engine::batch::{Batch, Boundary, Heartbeat, Part};
 use crate::engine::error::Result;
 use crate::engine::roles::BatchLimits;
 use std::time::{Instant, SystemTime};
@@ -21,6 +21,9 @@ pub(super) struct Assembler {
     /// Since when the part holds a whole transaction.
     whole_since: Option<Instant>,
     received: Lsn,
+    /// Content of the last message of our own in the transaction that is under way.
+    message: Option<String>,
+    heartbeat: Option<Heartbeat<Lsn>>,
 }
 
 impl Assembler {
@@ -34,6 +37,8 @@ impl Assembler {
             transaction: None,
             whole_since: None,
             received: from,
+            message: None,
+            heartbeat: None,
         }
     }
 
@@ -54,6 +59,10 @@ impl Assembler {
                 if self.continues || self.is_full(&self.batch) || self.has_waited(now) {
                     out.push(self.seal());
                 }
+                Ok(())
+            }
+            Message::Own { content } => {
+                self.message = Some(content.to_owned());
                 Ok(())
             }
             Message::Changes | Message::Other => Ok(()),
@@ -87,6 +96,7 @@ impl Assembler {
     pub(super) fn extend(&mut self, part: Part<Lsn>, now: Instant) {
         self.batch = part.batch;
         self.boundaries = part.boundaries;
+        self.heartbeat = part.heartbeat;
         self.whole_since = Some(now);
     }
 
@@ -95,7 +105,7 @@ impl Assembler {
     pub(super) fn finish(&mut self) -> Option<Part<Lsn>> {
         let whole = self.boundaries.last()?.changes;
         self.batch.truncate(whole);
-        self.transaction = None;
+        (self.transaction, self.message) = (None, None);
         Some(self.seal())
     }
 
@@ -134,6 +144,9 @@ impl Assembler {
                 }
             }
         }
+        if let Some(content) = self.message.take() {
+            self.heartbeat = Some(Heartbeat { content, end });
+        }
         self.received = self.received.max(end);
         self.whole_since.get_or_insert(now);
         Ok(())
@@ -157,6 +170,7 @@ impl Assembler {
             open,
             open_from: self.transaction,
             received: self.received,
+            heartbeat: self.heartbeat.take(),
         }
     }
 }

@@ -71,7 +71,7 @@ impl Buffer {
         let mut state = self.lock();
         match state.parts.back_mut() {
             Some(last) if last.is_idle() => last.received = received,
-            _ => state.push(idle(received)),
+            _ => state.push(Part::idle(received)),
         }
         drop(state);
         self.news.notify_one();
@@ -144,10 +144,6 @@ impl Buffer {
     }
 }
 
-fn idle(received: Lsn) -> Part<Lsn> {
-    Part { batch: crate::engine::batch::Batch::default(), boundaries: Vec::new(), continues: false, open: false, open_from: None, received }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,7 +153,7 @@ mod tests {
 
     fn part(end: u64) -> Part<Lsn> {
         let boundary = Boundary { changes: 0, end: Lsn(end), committed_at: SystemTime::UNIX_EPOCH };
-        Part { boundaries: vec![boundary], ..idle(Lsn(end)) }
+        Part { boundaries: vec![boundary], ..Part::idle(Lsn(end)) }
     }
 
     #[tokio::test]

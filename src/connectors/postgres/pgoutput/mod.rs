@@ -18,9 +18,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 pub use types::binary_allowed;
 
+/// Prefix of the logical messages that are our own.
+pub const MESSAGE_PREFIX: &str = "sluice";
+/// Longest content of a message of our own, in bytes: anybody may write messages, and of any length.
+const LONGEST_CONTENT: usize = 1024;
+
 /// What a message was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Message {
+pub enum Message<'a> {
     /// A transaction begins.
     Begin {
         /// Start of its commit record: before its end and not before the end of any earlier transaction.
@@ -35,6 +40,11 @@ pub enum Message {
     },
     /// Changes were added to the batch; none when the table is not mapped.
     Changes,
+    /// A logical message of our own, in a transaction.
+    Own {
+        /// What was written.
+        content: &'a str,
+    },
     /// Nothing that matters here.
     Other,
 }
@@ -68,7 +78,7 @@ impl Decoder {
     }
 
     /// Decodes one message; its changes are added to `batch`, which must have [`Batch::room`] for the whole message.
-    pub fn decode(&mut self, message: &[u8], batch: &mut Batch) -> Result<Message> {
+    pub fn decode<'a>(&mut self, message: &'a [u8], batch: &mut Batch) -> Result<Message<'a>> {
         let mut body = Cursor::new(message);
         let decoded = match body.u8()? {
             b'B' => begin(&mut body)?,
@@ -78,14 +88,15 @@ impl Decoder {
             b'D' => self.delete(&mut body, batch)?,
             b'T' => self.truncate(&mut body, batch)?,
             b'R' => self.relation(&mut body)?,
-            // Origin, type, logical message: rows are named by OID, origins are not kept, messages only move the position.
-            b'O' | b'Y' | b'M' => return Ok(Message::Other),
+            b'M' => logical(&mut body)?,
+            // Origin, type: rows are named by OID, origins are not kept.
+            b'O' | b'Y' => return Ok(Message::Other),
             tag => return Err(violation(format!("pgoutput: unknown message {:?}", char::from(tag)))),
         };
         Ok(decoded)
     }
 
-    fn relation(&mut self, body: &mut Cursor<'_>) -> Result<Message> {
+    fn relation(&mut self, body: &mut Cursor<'_>) -> Result<Message<'static>> {
         let announced = relation::Announced::read(body)?;
         let relation = announced.version(&self.mapped).map_or(Relation::Foreign, Relation::Mapped);
         self.relations.insert(announced.id, relation);
@@ -101,7 +112,7 @@ impl Decoder {
         }
     }
 
-    fn insert(&self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message> {
+    fn insert(&self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message<'static>> {
         let Some(version) = self.table(body.u32()?)? else { return Ok(Message::Changes) };
         expect(body, b'N')?;
         let new = tuple(body, version, batch)?;
@@ -111,7 +122,7 @@ impl Decoder {
         Ok(Message::Changes)
     }
 
-    fn update(&self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message> {
+    fn update(&self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message<'static>> {
         let Some(version) = self.table(body.u32()?)? else { return Ok(Message::Changes) };
         let (old, old_is_full) = match body.u8()? {
             b'N' => (Image::ABSENT, false),
@@ -129,7 +140,7 @@ impl Decoder {
         Ok(Message::Changes)
     }
 
-    fn delete(&self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message> {
+    fn delete(&self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message<'static>> {
         let Some(version) = self.table(body.u32()?)? else { return Ok(Message::Changes) };
         let old_is_full = match body.u8()? {
             b'K' => false,
@@ -145,7 +156,7 @@ impl Decoder {
 
     /// One message names all tables of a statement. Its options (CASCADE, RESTART IDENTITY) have done their work on the source:
     /// CASCADE's tables are in the list, sequences are not streamed.
-    fn truncate(&mut self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message> {
+    fn truncate(&mut self, body: &mut Cursor<'_>, batch: &mut Batch) -> Result<Message<'static>> {
         let count = body.u32()?;
         let _options = body.u8()?;
         self.truncates = self.truncates.wrapping_add(1);
@@ -161,7 +172,7 @@ impl Decoder {
     }
 }
 
-fn begin(body: &mut Cursor<'_>) -> Result<Message> {
+fn begin(body: &mut Cursor<'_>) -> Result<Message<'static>> {
     let commit_start = Lsn(body.u64()?);
     let _committed_at = body.i64()?;
     let _xid = body.u32()?;
@@ -169,13 +180,31 @@ fn begin(body: &mut Cursor<'_>) -> Result<Message> {
     Ok(Message::Begin { commit_start })
 }
 
-fn commit(body: &mut Cursor<'_>) -> Result<Message> {
+fn commit(body: &mut Cursor<'_>) -> Result<Message<'static>> {
     let _flags = body.u8()?;
     let _commit_start = body.u64()?;
     let end = Lsn(body.u64()?);
     let committed_at = timestamp(body.i64()?);
     finish(body)?;
     Ok(Message::Commit { end, committed_at })
+}
+
+/// Messages of others, and those that stand in no transaction, only move the position.
+fn logical<'a>(body: &mut Cursor<'a>) -> Result<Message<'a>> {
+    const TRANSACTIONAL: u8 = 1;
+    let flags = body.u8()?;
+    let _position = body.u64()?;
+    // Not as text: the prefix of others may be anything.
+    let is_own = body.rest().strip_prefix(MESSAGE_PREFIX.as_bytes()).is_some_and(|rest| rest.first() == Some(&0));
+    if flags & TRANSACTIONAL == 0 || !is_own {
+        return Ok(Message::Other);
+    }
+    body.take(MESSAGE_PREFIX.len() + 1)?;
+    let length = body.u32()? as usize;
+    let content = body.take(length)?;
+    finish(body)?;
+    let content = std::str::from_utf8(content).ok().filter(|content| content.len() <= LONGEST_CONTENT);
+    Ok(content.map_or(Message::Other, |content| Message::Own { content }))
 }
 
 /// Reads one row: a cell per column of the version.

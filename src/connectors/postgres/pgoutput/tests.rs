@@ -92,6 +92,16 @@ pub fn commit(end: u64) -> Vec<u8> {
     [b"C\0".as_slice(), &[0; 8], &end.to_be_bytes(), &[0; 8]].concat()
 }
 
+pub fn logical(transactional: bool, prefix: &str, content: &str) -> Vec<u8> {
+    let mut message = vec![b'M', u8::from(transactional)];
+    message.extend([0; 8]);
+    message.extend(prefix.as_bytes());
+    message.push(0);
+    message.extend((content.len() as u32).to_be_bytes());
+    message.extend(content.as_bytes());
+    message
+}
+
 /// Cells of an image as text: `-` for NULL, `~` for unchanged.
 pub fn show(batch: &Batch, image: Image) -> String {
     let cell = |cell: &crate::engine::batch::Cell| match cell.kind {
@@ -100,6 +110,24 @@ pub fn show(batch: &Batch, image: Image) -> String {
         CellKind::Text | CellKind::Binary => String::from_utf8_lossy(batch.bytes(*cell)).into_owned(),
     };
     batch.cells(image).iter().map(cell).collect::<Vec<_>>().join(",")
+}
+
+#[test]
+fn messages_of_our_own_are_told_from_others() {
+    let mut decoder = Decoder::new(&[]);
+    let mut decode = |message: &[u8]| format!("{:?}", decoder.decode(message, &mut Batch::default()).unwrap());
+    assert_eq!(decode(&logical(true, MESSAGE_PREFIX, "now")), "Own { content: \"now\" }");
+    assert_eq!(decode(&logical(true, MESSAGE_PREFIX, "")), "Own { content: \"\" }");
+    for (transactional, prefix, content) in
+        [(false, MESSAGE_PREFIX, "now"), (true, "sluice2", "now"), (true, "", ""), (true, MESSAGE_PREFIX, &"x".repeat(LONGEST_CONTENT + 1))]
+    {
+        assert_eq!(decode(&logical(transactional, prefix, content)), "Other", "{prefix}");
+    }
+    let mut binary = logical(true, MESSAGE_PREFIX, "now");
+    *binary.last_mut().unwrap() = 0xFF;
+    assert_eq!(decode(&binary), "Other");
+    binary.push(0);
+    assert!(Decoder::new(&[]).decode(&binary, &mut Batch::default()).is_err());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 use super::*;
-use crate::connectors::postgres::pgoutput::tests::{COLUMNS, begin, commit, relation, row, show, table};
+use crate::connectors::postgres::pgoutput::MESSAGE_PREFIX;
+use crate::connectors::postgres::pgoutput::tests::{COLUMNS, begin, commit, logical, relation, row, show, table};
 use crate::engine::error::reason;
 use crate::engine::table::Identity;
 use std::time::Duration;
@@ -155,6 +156,28 @@ fn a_part_that_was_not_taken_is_extended() {
     }
     stream.take(&begin(0x4B)).unwrap();
     assert!(!stream.assembler.can_extend(&part));
+}
+
+#[test]
+fn the_last_message_of_our_own_comes_with_the_end_of_its_transaction() {
+    let mut stream = Stream::new(LIMITS);
+    let said = |part: Option<Part<Lsn>>| part.unwrap().heartbeat.map(|heartbeat| (heartbeat.content, heartbeat.end.0));
+    stream.take(&begin(0x1B)).unwrap();
+    stream.take(&logical(true, MESSAGE_PREFIX, "a")).unwrap();
+    stream.take(&commit(0x20)).unwrap();
+    let part = stream.assembler.take_whole().unwrap();
+    stream.assembler.extend(part, stream.now);
+    stream.transaction(0x30, 1);
+    assert_eq!(said(stream.assembler.take_whole()), Some(("a".to_owned(), 0x20)));
+    stream.transaction(0x40, 1);
+    assert_eq!(said(stream.assembler.take_whole()), None);
+    // Not before its transaction has ended.
+    stream.take(&begin(0x4B)).unwrap();
+    stream.take(&logical(true, MESSAGE_PREFIX, "b")).unwrap();
+    (0..4).for_each(|row| stream.insert(&row.to_string()));
+    assert_eq!(said(stream.out.pop()), None);
+    stream.take(&commit(0x50)).unwrap();
+    assert_eq!(said(stream.out.pop()), Some(("b".to_owned(), 0x50)));
 }
 
 #[test]
