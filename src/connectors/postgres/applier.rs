@@ -160,7 +160,7 @@ impl PostgresApplier {
             return Err(Error::bug("changes came from before the checkpoint"));
         }
 
-        let mut executor = Executor::new(&self.session, &mut self.statements, &part.batch, &writers);
+        let mut executor = Executor::new(&self.session, &mut self.statements, &plan.images, &writers);
         if !self.in_transaction {
             executor.command(begin_changes(self.mode)).await?;
             self.in_transaction = true;
@@ -385,11 +385,8 @@ fn begin_changes(mode: ApplyMode) -> &'static str {
 
 /// A table that is not prepared has no due changes; should there be one, running it fails.
 fn rules<'a>(writers: &[Option<&'a TableWriter>]) -> Vec<TableRule<'a>> {
-    let rule = |writer: &Option<&'a TableWriter>| TableRule {
-        key: writer.map_or(&[][..], |writer| &writer.key),
-        order: writer.map_or(coalesce::Order::Table, |writer| writer.order),
-    };
-    writers.iter().map(rule).collect()
+    let unknown = TableRule { key: &[], order: coalesce::Order::Table, rewrites: false };
+    writers.iter().map(|writer| writer.map_or(unknown, TableWriter::rule)).collect()
 }
 
 /// Which committed positions are on disk.
