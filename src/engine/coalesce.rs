@@ -144,6 +144,12 @@ pub struct Plan<'a> {
 }
 
 impl Plan<'_> {
+    /// Nothing is planned. Changes that cancel each other out are planned although they have no step.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty() && self.rows() == 0
+    }
+
     /// Changes of the source that are planned, truncates not counted.
     #[must_use]
     pub fn rows(&self) -> i64 {

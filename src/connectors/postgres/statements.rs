@@ -80,7 +80,7 @@ pub(super) struct TableWriter {
     pub target: QualifiedName,
     /// Positions of the columns that name a row; empty: the whole old row does.
     pub key: Vec<usize>,
-    order: Order,
+    pub order: Order,
     /// A row may be deleted and inserted anew.
     rewrites: bool,
     /// Positions of the columns that other unique indexes and exclusion constraints look at.
