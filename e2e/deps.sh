@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # deps.sh [WHAT...] - install by name what building, testing and the demo need on Debian 12. WHAT is any of
 #   packages postgres node tools        (all of them by default)
+#   bench                               (the programs that figures are measured beside: only on demand)
 #   mdbook cargo-deny                   (minutes of building: only on demand)
 # deps.sh where PROGRAM prints the path of one.
 # Rust, Go and a C compiler are expected to be there. What is there already is left alone; each part is made in a
@@ -27,6 +28,7 @@ PACKAGES=(
   psql:postgresql-client-15 /usr/lib/postgresql/15/bin/psql:postgresql-client-15
   /etc/ssl/certs/ca-certificates.crt:ca-certificates
 )
+BENCH_PACKAGES=(pgcopydb:pgcopydb pg_recvlogical:postgresql-client-15 findmnt:util-linux git:git)
 is_there() {
   case $1 in
     /*) [ -e "$1" ];;
@@ -34,9 +36,11 @@ is_there() {
     *) command -v "$1" >/dev/null;;
   esac
 }
-install_packages() {
+install_packages() { need "${PACKAGES[@]}"; }
+install_bench() { need "${BENCH_PACKAGES[@]}"; }
+need() {
   local entry missing=()
-  for entry in "${PACKAGES[@]}"; do is_there "${entry%%:*}" || missing+=("${entry#*:}"); done
+  for entry in "$@"; do is_there "${entry%%:*}" || missing+=("${entry#*:}"); done
   [ ${#missing[@]} -gt 0 ] || return 0
   local as_root=()
   if [ "$(id -u)" != 0 ]; then
@@ -131,8 +135,8 @@ main() {
   [ $# -gt 0 ] || set -- packages postgres node tools
   for part in "$@"; do
     case $part in
-      packages | postgres | node | tools | mdbook | cargo-deny) "install_$part" 9>&-;;
-      *) die "unknown part '$part': packages, postgres, node, tools, mdbook, cargo-deny";;
+      packages | postgres | node | tools | bench | mdbook | cargo-deny) "install_$part" 9>&-;;
+      *) die "unknown part '$part': packages, postgres, node, tools, bench, mdbook, cargo-deny";;
     esac
   done
   say "all there after $SECONDS s (cache: $SLUICE_CACHE)"

@@ -4,7 +4,7 @@
 mod changes;
 mod support;
 
-use changes::{Changes, Value, all, key, mapped, owner, rows};
+use changes::{Changes, Value, apply, key, mapped, owner, rows};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sluice::connectors::postgres::{Endpoint, Lsn, endpoint::Secret, target::PostgresTarget};
@@ -477,7 +477,7 @@ async fn run(endpoint: &Endpoint, admin: &tokio_postgres::Client, seed: u64, spe
         end += 8;
         let open = history.chance(30);
         let part = std::mem::take(&mut history.changes).part(continues, (!open).then_some(end), end);
-        let counts = applier.apply(&part, &all, &[]).await.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let counts = apply(&mut applier, part).await.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         applied += counts.inserts + counts.updates + counts.deletes;
         continues = open;
         assert_eq!(counts.committed, !open, "seed {seed}");

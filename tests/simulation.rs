@@ -16,7 +16,7 @@ use sluice::engine::roles::{
 };
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableState, TableVersion};
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::pin::pin;
 use std::str::FromStr;
@@ -475,8 +475,14 @@ impl Target for Shared {
                 rows_streamed: 0,
                 tables: tables.collect(),
             });
-            let applier =
-                SimApplier { shared: self.clone(), epoch: stored.epoch, life: world.target_life, open: None, waiting: Vec::new() };
+            let applier = SimApplier {
+                shared: self.clone(),
+                epoch: stored.epoch,
+                life: world.target_life,
+                open: None,
+                waiting: Vec::new(),
+                outcomes: VecDeque::new(),
+            };
             (
                 Claimed { claim: Claim { key: key.clone(), epoch: world.target.epoch }, checkpoint, log_intended: world.target.intended },
                 applier,
@@ -533,6 +539,8 @@ struct SimApplier {
     open: Option<Stored>,
     /// Positions that are committed and not known to be durable.
     waiting: Vec<u64>,
+    /// Of the parts in flight.
+    outcomes: VecDeque<Applied>,
 }
 
 impl SimApplier {
@@ -612,22 +620,23 @@ impl Apply for SimApplier {
 
     async fn apply(
         &mut self,
-        part: &Part<Pos>,
+        part: Arc<Part<Pos>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
-    ) -> Result<Applied> {
+    ) -> Result<()> {
         self.shared.io().await?;
         assert_eq!(part.continues, self.open.is_some(), "a part continues what is open");
         let mut stored = self.open.take().unwrap_or_else(|| self.shared.world().target.clone());
         for (index, change) in part.batch.changes().iter().enumerate() {
             let table = part.batch.table(change).id;
             if due(table, index) {
-                apply_row(&mut stored, part, change, table);
+                apply_row(&mut stored, &part, change, table);
             }
         }
         if part.open {
             self.open = Some(stored);
-            return Ok(Applied::default());
+            self.outcomes.push_back(Applied::default());
+            return Ok(());
         }
         let position = part.end().0;
         self.commit(false, |target| {
@@ -636,7 +645,16 @@ impl Apply for SimApplier {
         })
         .await?;
         self.waiting.push(position);
-        Ok(Applied { committed: true, ..Applied::default() })
+        self.outcomes.push_back(Applied { committed: true, ..Applied::default() });
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        self.outcomes.is_empty()
+    }
+
+    async fn applied(&mut self) -> Result<Option<Applied>> {
+        Ok(self.outcomes.pop_front())
     }
 
     async fn advance(&mut self, position: &Pos, joined: &[QualifiedName]) -> Result<()> {

@@ -265,12 +265,24 @@ pub struct TableCheckpoint<P> {
     pub state: TableState,
     /// Counts the copies of this table, so that rows of an older one are never taken for done.
     pub generation: i64,
-    /// Up to where its copy is right, for a table that is catching up.
+    /// Up to where its copy is right, for a table that is copied or catching up.
     pub position: Option<P>,
     /// Rows copied in this generation.
     pub rows_copied: i64,
     /// Encoded column names and types, to see that a table has changed while nobody looked.
     pub columns: String,
+}
+
+impl<P> TableCheckpoint<P> {
+    /// All rows of its copy are there, as of a known position.
+    #[must_use]
+    pub fn is_copied(&self) -> bool {
+        match self.state {
+            TableState::Copied => self.position.is_some(),
+            TableState::CatchingUp | TableState::Ready => true,
+            TableState::Init | TableState::Copying | TableState::Error => false,
+        }
+    }
 }
 
 /// What a target holds durably for a stream.
@@ -368,7 +380,8 @@ pub trait Target: Send + Sync + 'static {
     fn finish(&self, claim: &Claim, table: &MappedTable) -> impl Future<Output = Result<()>> + Send;
 }
 
-/// The one writer of a stream, bound to one connection: an error of class `Retry` ends it, and the next claim makes a new.
+/// The one writer of a stream, bound to the connections that it was claimed with: an error ends it, and the next claim makes
+/// a new one. It may hold parts that are *in flight*: accepted by [`Self::apply`], their outcome not given yet.
 pub trait Apply: Send + 'static {
     /// Positions of the source.
     type Position: Position;
@@ -387,7 +400,7 @@ pub trait Apply: Send + 'static {
     /// (`truncate`, else an error when there are any), raises the generation, state `Copying`. Returns the generation.
     fn begin_copy(&mut self, table: &MappedTable, truncate: bool) -> impl Future<Output = Result<i64>> + Send;
 
-    /// Writes a table's state, with the position up to which it is right where it is catching up.
+    /// Writes a table's state, with the position up to which it is right where it is copied or catching up.
     fn set_state(
         &mut self,
         table: &MappedTable,
@@ -405,16 +418,32 @@ pub trait Apply: Send + 'static {
     /// [`Self::apply`] and when the set of tables changes.
     fn prepare(&mut self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
 
-    /// Applies the changes of a part for which `due` says yes. A due change under another version than the prepared one
-    /// is `SchemaChanged`, naming the table and the columns that differ. Opens a target transaction when none is open; when the
-    /// part is not open, writes the checkpoint (`part`'s last boundary, or `received` without one), checks the epoch as
-    /// the last statement and commits. `due(table id, index of the change)`.
+    /// Accepts a part: the changes for which `due(table id, index of the change)` says yes are written from now on, and
+    /// this may return before they are. A due change under another version than the prepared one is `SchemaChanged`,
+    /// naming the table and the columns that differ.
+    ///
+    /// A target transaction is opened when none is open; when the part is not open, the transaction ends with the
+    /// checkpoint (`part`'s last boundary, or `received` without one) and the proof of the epoch as its last statement.
+    /// Parts may be written side by side, as far as the rows left behind are the same as one after the other; they are
+    /// committed strictly in the order in which they were accepted. [`Self::applied`] gives the outcome of each.
+    ///
+    /// A part with `joined` tables is accepted only when nothing is in flight.
     fn apply(
         &mut self,
-        part: &Part<Self::Position>,
+        part: Arc<Part<Self::Position>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
-    ) -> impl Future<Output = Result<Applied>> + Send;
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Whether a part could be begun at once. Until then parts are better left in the log, where small ones grow together.
+    fn has_room(&self) -> bool;
+
+    /// The outcome of the oldest part in flight, which is over when this returns; `None` when nothing is in flight. Safe
+    /// to cancel. A failure ends the writer: nothing of the parts in flight is kept but what is committed, and only
+    /// the next claim says what that is.
+    ///
+    /// All other calls but [`Self::apply`], [`Self::durable`] and [`Self::abort`] are made when nothing is in flight.
+    fn applied(&mut self) -> impl Future<Output = Result<Option<Applied>>> + Send;
 
     /// Moves the checkpoint of an idle stream.
     fn advance(&mut self, position: &Self::Position, joined: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;
@@ -422,14 +451,14 @@ pub trait Apply: Send + 'static {
     /// The last checkpoint that is on the target's disk; asks the target only when one is waiting.
     fn durable(&mut self) -> impl Future<Output = Result<Option<Self::Position>>> + Send;
 
-    /// Rolls back what is open. Used on suspend and stop.
+    /// Rolls back what is open and what is in flight. Used on suspend and stop.
     fn abort(self) -> impl Future<Output = ()> + Send;
 
     /// How changes are written.
     fn mode(&self) -> ApplyMode;
 }
 
-/// Counts of one [`Apply::apply`].
+/// What one part has brought.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
     /// Rows inserted.

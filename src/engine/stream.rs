@@ -1,12 +1,18 @@
 //! The steady state: parts of the log are applied in order, what is durable is confirmed.
+//!
+//! The applier may hold several parts in flight. What is known of the stream moves only with their outcomes: the
+//! checkpoint of the hand-over is the one that is committed. Whatever else is written (states, joins, an idle stream's
+//! position) waits until nothing is in flight.
 
 use super::batch::Part;
-use super::error::Result;
+use super::error::{Error, Result};
 use super::flow::{ReadyStream, Stop, left_publication};
 use super::handover::Handover;
 use super::progress::{Phase, Progress};
-use super::roles::{Apply, BatchLimits, ChangeLog, Source};
+use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Source};
 use super::table::{MappedTable, TableState};
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -26,7 +32,9 @@ struct Follower<'a, S: Source, A> {
     handover: Handover<S::Position>,
     applier: A,
     progress: &'a Progress,
-    /// A target transaction is open between two parts: which one, and the bytes of its parts so far.
+    /// Parts that the applier has accepted and whose outcome is not known yet, in order.
+    in_flight: VecDeque<Arc<Part<S::Position>>>,
+    /// A transaction of the source that is larger than a batch and not committed yet.
     open: Option<Open<S::Position>>,
     /// An idle source's position that is not in the checkpoint yet.
     idle: Option<S::Position>,
@@ -44,7 +52,8 @@ struct Open<P> {
 
 /// What made a step.
 enum Event<P> {
-    Part(Box<Part<P>>),
+    Part(Arc<Part<P>>),
+    Applied(Option<Applied>),
     Tick,
     Finish,
 }
@@ -69,6 +78,7 @@ where
         handover,
         applier,
         progress,
+        in_flight: VecDeque::new(),
         open: None,
         idle: None,
         idle_since: now,
@@ -104,30 +114,60 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 // An open transaction is finished first: its rest is on its way.
                 () = stop.finish.cancelled(), if self.open.is_none() => Event::Finish,
                 _ = tick.tick() => Event::Tick,
-                part = self.log.next() => Event::Part(Box::new(part?)),
+                applied = self.applier.applied(), if !self.in_flight.is_empty() => Event::Applied(applied?),
+                part = self.log.next(), if self.applier.has_room() => Event::Part(Arc::new(part?)),
             };
             match event {
-                Event::Finish => return self.confirm().await,
+                Event::Finish => {
+                    self.settle().await?;
+                    return self.confirm().await;
+                }
                 Event::Tick => self.tick().await?,
-                Event::Part(part) if part.is_idle() && self.open.is_none() => self.note_idle(part.received).await?,
-                Event::Part(part) => self.apply(&part).await?,
+                Event::Applied(applied) => self.applied(applied).await?,
+                Event::Part(part) if part.is_idle() => self.note_idle(part.received.clone()).await?,
+                Event::Part(part) => self.apply(part).await?,
             }
         }
     }
 
-    async fn apply(&mut self, part: &Part<S::Position>) -> Result<()> {
+    async fn apply(&mut self, part: Arc<Part<S::Position>>) -> Result<()> {
         let joined = if part.open { Vec::new() } else { self.handover.joining(part.end()) };
+        if !joined.is_empty() || (part.open && !part.continues) {
+            self.settle().await?;
+        }
         let handover = &self.handover;
-        let due = |table: u32, index: usize| handover.is_due(part, table, index);
-        let applied = self.applier.apply(part, &due, &joined).await?;
-        if applied.committed {
-            if self.open.take().is_some() {
-                self.progress.large_transaction_ended();
-            }
-            self.moved(part.end().clone());
-        } else {
+        let due = |table: u32, index: usize| handover.is_due(&part, table, index);
+        self.applier.apply(Arc::clone(&part), &due, &joined).await?;
+        if part.open {
             let open = self.open.get_or_insert(Open { commit_start: part.open_from.clone(), bytes: 0 });
             open.bytes += part.batch.size();
+        }
+        self.in_flight.push_back(part);
+        if !joined.is_empty() {
+            self.settle().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is in flight.
+    async fn settle(&mut self) -> Result<()> {
+        while !self.in_flight.is_empty() {
+            let applied = self.applier.applied().await?;
+            self.applied(applied).await?;
+        }
+        Ok(())
+    }
+
+    /// The oldest part in flight is over.
+    async fn applied(&mut self, applied: Option<Applied>) -> Result<()> {
+        let (Some(applied), Some(part)) = (applied, self.in_flight.pop_front()) else {
+            return Err(Error::bug("a part that was accepted has no outcome"));
+        };
+        if !part.open {
+            if part.continues && self.open.take().is_some() {
+                self.progress.large_transaction_ended();
+            }
+            self.moved(part.end());
         }
         let last_commit = part.boundaries.last().map(|boundary| boundary.committed_at);
         self.progress.applied(applied, part.batch.size(), last_commit);
@@ -135,10 +175,10 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         self.confirm().await
     }
 
-    fn moved(&mut self, position: S::Position) {
+    fn moved(&mut self, position: &S::Position) {
         let catching_up = self.handover.is_catching_up();
-        self.handover.moved(position);
-        self.idle = None;
+        self.handover.moved(position.clone());
+        self.idle.take_if(|idle| *idle <= *position);
         self.idle_since = Instant::now();
         if catching_up {
             self.show_phase();
@@ -150,30 +190,35 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     async fn note_idle(&mut self, received: S::Position) -> Result<()> {
         self.idle = (received > *self.handover.checkpoint()).then_some(received);
         if self.handover.is_catching_up() {
+            self.settle().await?;
             self.advance().await?;
         }
         Ok(())
     }
 
+    /// Only when nothing is in flight.
     async fn advance(&mut self) -> Result<()> {
         let Some(position) = self.idle.take() else { return Ok(()) };
         let joined = self.handover.joining(&position);
         self.applier.advance(&position, &joined).await?;
-        self.moved(position);
+        self.moved(&position);
         Ok(())
     }
 
     async fn tick(&mut self) -> Result<()> {
         self.progress.set_load(self.log.load());
-        if self.open.is_none() && self.idle_since.elapsed() >= IDLE_ADVANCE {
+        if self.in_flight.is_empty() && self.open.is_none() && self.idle_since.elapsed() >= IDLE_ADVANCE {
             self.advance().await?;
             self.idle_since = Instant::now();
         }
         let announced = self.log.announced();
-        if self.open.is_none() && (announced != self.announced || self.membership_checked.elapsed() >= MEMBERSHIP_CHECK) {
-            self.announced = announced;
-            self.membership_checked = Instant::now();
-            self.check_membership().await?;
+        if announced != self.announced || self.membership_checked.elapsed() >= MEMBERSHIP_CHECK {
+            self.settle().await?;
+            if self.open.is_none() {
+                self.announced = announced;
+                self.membership_checked = Instant::now();
+                self.check_membership().await?;
+            }
         }
         self.confirm().await?;
         self.show_position();
@@ -212,7 +257,8 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     fn show_position(&self) {
         let (received, head) = self.log.received();
         // While nothing is waiting here, what an idle source has sent counts as applied: it held nothing for us.
-        let applied = self.idle.as_ref().unwrap_or_else(|| self.handover.checkpoint());
+        let idle = self.idle.as_ref().filter(|_| self.in_flight.is_empty());
+        let applied = idle.unwrap_or_else(|| self.handover.checkpoint());
         self.progress.set_position(&received, applied, &head);
     }
 }

@@ -3,7 +3,8 @@
 
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
-use sluice::engine::roles::{Claim, Owner, StreamKey};
+use sluice::engine::error::Result;
+use sluice::engine::roles::{Applied, Apply, Claim, Owner, StreamKey};
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -156,6 +157,12 @@ impl Changes {
             heartbeat: None,
         }
     }
+}
+
+/// Applies a part by itself; everything in it is due.
+pub async fn apply<A: Apply>(applier: &mut A, part: Part<A::Position>) -> Result<Applied> {
+    applier.apply(Arc::new(part), &all, &[]).await?;
+    Ok(applier.applied().await?.expect("the part's outcome"))
 }
 
 /// Everything is due.

@@ -10,6 +10,11 @@ use std::process::{Child, Command, Stdio};
 
 pub const UID: &str = "6f2d0f8e-5d0c-4b8e-9e5c-0d9a3b6f7c11";
 
+/// The program under test; benchmarks can name another one.
+fn program() -> PathBuf {
+    std::env::var_os("SLUICE_BIN").filter(|path| !path.is_empty()).map_or_else(|| env!("CARGO_BIN_EXE_sluice").into(), PathBuf::from)
+}
+
 /// A worker and its folder. It is killed when dropped.
 pub struct Worker {
     folder: tempfile::TempDir,
@@ -114,7 +119,7 @@ impl Worker {
         self.port = free_port();
         std::fs::create_dir_all(self.path("state")).expect("a folder");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).expect("a log file");
-        let child = Command::new(env!("CARGO_BIN_EXE_sluice"))
+        let child = Command::new(program())
             .args(["worker", "mirror", "--listen", &format!("127.0.0.1:{}", self.port), "--pod-name", "test-pod"])
             .arg("--config-folder")
             .arg(self.path("config"))

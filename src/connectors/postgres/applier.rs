@@ -22,6 +22,7 @@ use crate::engine::roles::{Applied, Apply, ApplyMode};
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use execute::{Executor, Statements};
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_postgres::Statement;
 use tokio_postgres::types::PgLsn;
@@ -53,6 +54,8 @@ pub struct PostgresApplier {
     part_is_open: bool,
     /// A part has failed or was cancelled: what the target holds of it is not known.
     broken: bool,
+    /// Outcomes of the parts in flight.
+    outcomes: VecDeque<Applied>,
 }
 
 impl PostgresApplier {
@@ -78,6 +81,7 @@ impl PostgresApplier {
             uncommitted_rows: 0,
             part_is_open: false,
             broken: false,
+            outcomes: VecDeque::new(),
         })
     }
 
@@ -313,17 +317,18 @@ impl Apply for PostgresApplier {
 
     async fn apply(
         &mut self,
-        part: &Part<Lsn>,
+        part: Arc<Part<Lsn>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
-    ) -> Result<Applied> {
+    ) -> Result<()> {
         self.usable()?;
         // Also when the caller drops this future in the middle.
         self.broken = true;
-        match self.apply_part(part, due, joined).await {
+        match self.apply_part(&part, due, joined).await {
             Ok(applied) => {
                 self.broken = false;
-                Ok(applied)
+                self.outcomes.push_back(applied);
+                Ok(())
             }
             Err(error) => {
                 self.roll_back().await;
@@ -332,11 +337,20 @@ impl Apply for PostgresApplier {
         }
     }
 
+    fn has_room(&self) -> bool {
+        self.outcomes.is_empty()
+    }
+
+    async fn applied(&mut self) -> Result<Option<Applied>> {
+        Ok(self.outcomes.pop_front())
+    }
+
     async fn advance(&mut self, position: &Lsn, joined: &[QualifiedName]) -> Result<()> {
         self.usable()?;
         let idle = Part::idle(*position);
-        let apply = self.apply(&idle, &|_, _| false, joined);
-        within(CONTROL_LIMIT, "advance the checkpoint", apply).await.map(|_| ())
+        let apply = self.apply(Arc::new(idle), &|_, _| false, joined);
+        within(CONTROL_LIMIT, "advance the checkpoint", apply).await?;
+        self.applied().await.map(|_| ())
     }
 
     async fn durable(&mut self) -> Result<Option<Lsn>> {

@@ -9,31 +9,25 @@
 
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
+use super::errors::ServerError;
 use super::lsn::Lsn;
-use super::source::answer;
+use super::replication::BulkSession;
+use super::session::UNLIMITED;
+use super::source::{ANSWER_LIMIT, answer};
 use super::sql::{qualified, quote_ident, quote_literal};
 use super::{catalog::facts, errors};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BulkFormat, BulkStream, Range, Snapshot};
 use crate::engine::table::MappedTable;
-use bytes::{Bytes, BytesMut};
-use futures::StreamExt as _;
-use futures::stream::{self, Fuse};
+use bytes::Bytes;
+use futures::stream;
 use std::collections::HashSet;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{CopyOutStream, SimpleQueryMessage};
 
-/// Size of the pieces that a range is handed over in, in bytes: the server sends each row by itself.
-const PIECE: usize = 64 * 1024;
 /// How long a user's exclusive lock on a table is waited for.
 const LOCK_LIMIT: Duration = Duration::from_secs(600);
-/// A limit of role or database would end a long copy, or the wait for a slot. It came with PostgreSQL 17, and a startup parameter
-/// that the server does not know is an error.
-pub(super) const UNLIMITED_TRANSACTIONS: &str =
-    "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 /// The last range has no upper bound: see [`split`].
 const END: u64 = u64::MAX;
 
@@ -51,14 +45,15 @@ pub struct PostgresSnapshot {
 struct Readers {
     endpoint: Endpoint,
     application_name: String,
-    idle: Mutex<Vec<Session>>,
+    idle: Mutex<Vec<BulkSession>>,
 }
 
 impl PostgresSnapshot {
     /// Takes over a snapshot that another session has exported and still holds.
     pub async fn import(endpoint: &Endpoint, application_name: &str, position: Lsn, exported: &str) -> Result<Self> {
         let readers = Readers { endpoint: endpoint.clone(), application_name: application_name.to_owned(), idle: Mutex::new(Vec::new()) };
-        let holder = readers.connect().await?;
+        let holder = connect(endpoint, Side::Source, application_name).await?;
+        answer(Side::Source, "lift the limits of role and database", holder.query(UNLIMITED, &[])).await?;
         let begin = begin(exported);
         answer(Side::Source, "import the slot's snapshot", holder.batch_execute(&begin)).await?;
         let name = answer(Side::Source, "export the snapshot", holder.query_one("SELECT pg_export_snapshot()", &[])).await?.get(0);
@@ -73,19 +68,19 @@ impl PostgresSnapshot {
     }
 
     /// One round trip: import the snapshot, lock the table as the copy will, see whether it is still what the snapshot knows.
-    async fn enter(&self, session: &Session, table: &MappedTable) -> Result<()> {
+    async fn enter(&self, session: &mut BulkSession, table: &MappedTable) -> Result<()> {
         let is_partitioned = self.partitioned.contains(&table.version.id);
         let lock = format!("{} LIMIT 0", select(table, is_partitioned));
         let statements = format!("{}; {lock}; {}", begin(&self.name), unchanged(table, is_partitioned));
-        let entered = tokio::time::timeout(LOCK_LIMIT, session.simple_query(&statements)).await;
+        let entered = tokio::time::timeout(LOCK_LIMIT, session.run(&statements)).await;
         let what = format!("copy {}", table.source());
         let Ok(entered) = entered else {
             let message = format!("{what}: the table is locked since {LOCK_LIMIT:?}");
             return Err(Error::retry(reason::SOURCE_UNREACHABLE, message));
         };
-        let messages =
-            entered.map_err(|error| if is_lost(&error) { lost(&error) } else { errors::classify(Side::Source, &what, &error) })?;
-        if last_value(&messages) == Some("t") {
+        let rows = entered?
+            .map_err(|error| if is_lost(&error) { lost(&error.message) } else { errors::classify_server(Side::Source, &what, &error) })?;
+        if rows.last().and_then(|row| row.first()?.as_deref()) == Some("t") {
             return Ok(());
         }
         let message = format!("{} was rewritten, truncated, or has other partitions than the snapshot: it needs a new one", table.source());
@@ -108,87 +103,57 @@ impl Snapshot for PostgresSnapshot {
         if self.holder.is_closed() {
             return Err(lost(&"the session that held it ended"));
         }
-        let session = self.readers.take().await?;
-        self.enter(&session, table).await?;
+        let mut session = self.readers.take().await?;
+        self.enter(&mut session, table).await?;
         let statement = copy_statement(table, self.partitioned.contains(&table.version.id), range, format);
-        let what = format!("copy {}", table.source());
-        let copy = answer(Side::Source, &what, session.copy_out(&statement)).await?;
-        Ok(Box::pin(pieces(Reading { copy: Box::pin(copy.fuse()), session, readers: Arc::clone(&self.readers), what })))
+        session.copy_out(&format!("copy {}", table.source()), &statement).await?;
+        Ok(Box::pin(pieces(session, Arc::clone(&self.readers))))
     }
 
     async fn close(self) {}
 }
 
 impl Readers {
-    async fn take(&self) -> Result<Session> {
-        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        while let Some(session) = idle() {
-            if !session.is_closed() {
-                return Ok(session);
-            }
+    async fn take(&self) -> Result<BulkSession> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match idle {
+            Some(session) => Ok(session),
+            None => self.connect().await,
         }
-        self.connect().await
     }
 
-    async fn connect(&self) -> Result<Session> {
-        let session = connect(&self.endpoint, Side::Source, &self.application_name).await?;
-        answer(Side::Source, "lift the limit of transactions", session.query(UNLIMITED_TRANSACTIONS, &[])).await?;
+    async fn connect(&self) -> Result<BulkSession> {
+        let mut session = BulkSession::connect(&self.endpoint, &self.application_name).await?;
+        self.command(&mut session, UNLIMITED).await?;
         Ok(session)
     }
 
-    fn give_back(&self, session: Session) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(session);
-    }
-}
-
-/// A range on its way.
-struct Reading {
-    copy: Pin<Box<Fuse<CopyOutStream>>>,
-    session: Session,
-    readers: Arc<Readers>,
-    what: String,
-}
-
-impl Reading {
-    /// The next piece; empty at the end. Waiting has no limit of its own: the server may search long for the next row, and a peer
-    /// that is gone is noticed by the socket's keepalive.
-    async fn piece(&mut self) -> Result<Bytes> {
-        let mut piece = BytesMut::new();
-        while piece.len() < PIECE {
-            match self.copy.next().await {
-                Some(Ok(row)) if piece.is_empty() && row.len() >= PIECE => return Ok(row),
-                Some(Ok(row)) => {
-                    if piece.capacity() == 0 {
-                        piece.reserve(PIECE + row.len());
-                    }
-                    piece.extend_from_slice(&row);
-                }
-                Some(Err(error)) => return Err(errors::classify(Side::Source, &self.what, &error)),
-                None => break,
-            }
-        }
-        Ok(piece.freeze())
-    }
-
     /// Lets go of the table; the next range may use the session.
-    async fn finish(self) -> Result<()> {
-        answer(Side::Source, &self.what, self.session.batch_execute("COMMIT")).await?;
-        self.readers.give_back(self.session);
+    async fn give_back(&self, mut session: BulkSession) -> Result<()> {
+        self.command(&mut session, "COMMIT").await?;
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(session);
         Ok(())
     }
+
+    /// A statement that has nothing to wait for.
+    async fn command(&self, session: &mut BulkSession, sql: &str) -> Result<()> {
+        match tokio::time::timeout(ANSWER_LIMIT, session.run(sql)).await {
+            Ok(ran) => ran?.map(drop).map_err(|error| errors::classify_server(Side::Source, sql, &error)),
+            Err(_) => Err(errors::lost(Side::Source, sql, &format!("no answer within {ANSWER_LIMIT:?}"))),
+        }
+    }
 }
 
-fn pieces(reading: Reading) -> impl futures::Stream<Item = Result<Bytes>> + Send {
-    stream::try_unfold(reading, |mut reading| async move {
-        let piece = reading.piece().await?;
-        if piece.is_empty() {
-            // All rows are there: a failure now costs the session alone.
-            if let Err(error) = reading.finish().await {
-                tracing::debug!(%error, "a session of the copy ended");
-            }
-            return Ok(None);
+fn pieces(session: BulkSession, readers: Arc<Readers>) -> impl futures::Stream<Item = Result<Bytes>> + Send {
+    stream::try_unfold((session, readers), |(mut session, readers)| async move {
+        if let Some(piece) = session.piece().await? {
+            return Ok(Some((piece, (session, readers))));
         }
-        Ok(Some((piece, reading)))
+        // All rows are there: a failure now costs the session alone.
+        if let Err(error) = readers.give_back(session).await {
+            tracing::debug!(%error, "a session of the copy ended");
+        }
+        Ok(None)
     })
 }
 
@@ -254,19 +219,11 @@ fn unchanged(table: &MappedTable, is_partitioned: bool) -> String {
     )
 }
 
-/// The value of the last row of several statements.
-fn last_value(messages: &[SimpleQueryMessage]) -> Option<&str> {
-    messages.iter().rev().find_map(|message| match message {
-        SimpleQueryMessage::Row(row) => row.get(0),
-        _ => None,
-    })
-}
-
 /// What the server says when the transaction that has exported a snapshot is over: the name is no snapshot's, its file is gone,
 /// or the process is (`ImportSnapshot` in its source; the codes differ between versions).
-fn is_lost(error: &tokio_postgres::Error) -> bool {
+fn is_lost(error: &ServerError) -> bool {
     let codes = [SqlState::INVALID_PARAMETER_VALUE, SqlState::UNDEFINED_OBJECT, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE];
-    error.code().is_some_and(|code| codes.contains(code))
+    codes.iter().any(|code| code.code() == error.code)
 }
 
 fn lost(why: &dyn std::fmt::Display) -> Error {

@@ -11,6 +11,7 @@ use super::errors::classify;
 use super::load;
 use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
+use super::session::UNLIMITED;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
 use crate::engine::table::{Column, MappedTable};
@@ -24,10 +25,12 @@ const CHECK_LIMIT: Duration = Duration::from_secs(120);
 
 /// Settings of the writer's session.
 ///
-/// Changes are committed without waiting for the disk (`PostgresApplier` knows what is durable). Rows are found by their
-/// key: a plan that was made while a table was empty must not read all of it when it has grown. The cost that stands for
-/// a forbidden sequential scan would set off the just-in-time compiler.
-const WRITER_SETTINGS: &str = "SET synchronous_commit = off; SET enable_seqscan = off; SET jit = off";
+/// Rows are found by their key: a plan that was made while a table was empty must not read all of it when it has grown. The
+/// cost that stands for a forbidden sequential scan would set off the just-in-time compiler.
+const WRITER_SETTINGS: &str = "SET enable_seqscan = off; SET jit = off";
+/// Changes are committed without waiting for the disk (`PostgresApplier` knows what is durable), unless the user has chosen
+/// otherwise with a session parameter of the endpoint.
+const SYNCHRONOUS_COMMIT: &str = "synchronous_commit";
 
 /// A PostgreSQL database as the target of one Mirror.
 #[derive(Clone, Debug)]
@@ -44,7 +47,10 @@ impl PostgresTarget {
     }
 
     async fn session(&self, application_name: &str) -> Result<Session> {
-        connect(&self.endpoint, Side::Target, application_name).await
+        let session = connect(&self.endpoint, Side::Target, application_name).await?;
+        within(CHECK_LIMIT, "set up the session", async { session.query(UNLIMITED, &[]).await.map_err(failed("set up the session")) })
+            .await?;
+        Ok(session)
     }
 }
 
@@ -66,7 +72,7 @@ impl Target for PostgresTarget {
         let session = self.session("sluice apply").await?;
         within(CLAIM_LIMIT, "claim the stream", async {
             check_writable(&session).await?;
-            session.batch_execute(WRITER_SETTINGS).await.map_err(failed("set up the session"))?;
+            session.batch_execute(&writer_settings(&self.endpoint)).await.map_err(failed("set up the session"))?;
             let mode = choose_mode(&session).await?;
             let claimed = claim::claim(&session, key, owner, held).await?;
             let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
@@ -111,6 +117,11 @@ fn binary_fits(table: &MappedTable, present: &ddl::TargetTable) -> bool {
     binary_allowed(std::slice::from_ref(table)) && table.version.columns.iter().all(same)
 }
 
+fn writer_settings(endpoint: &Endpoint) -> String {
+    let chosen = endpoint.parameters.keys().any(|name| name.eq_ignore_ascii_case(SYNCHRONOUS_COMMIT));
+    if chosen { WRITER_SETTINGS.to_owned() } else { format!("{WRITER_SETTINGS}; SET {SYNCHRONOUS_COMMIT} = off") }
+}
+
 async fn check_writable(session: &Session) -> Result<()> {
     let row = session
         .query_one("SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'", &[])
@@ -143,5 +154,30 @@ pub(super) async fn within<T>(limit: Duration, what: &str, steps: impl Future<Ou
     match tokio::time::timeout(limit, steps).await {
         Ok(done) => done,
         Err(_) => Err(Error::retry(reason::TARGET_UNREACHABLE, format!("{what}: no answer from the target within {limit:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_user_may_choose_to_wait_for_the_disk() {
+        let endpoint = |parameters: &[(&str, &str)]| Endpoint {
+            host: "target".into(),
+            domain: None,
+            port: 5432,
+            database: "shop".into(),
+            username: "shop".into(),
+            password: crate::connectors::postgres::endpoint::Secret(String::new()),
+            tls: crate::connectors::postgres::TlsMode::Disable,
+            ca: None,
+            client_certificate: None,
+            parameters: parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            connect_timeout: Duration::from_secs(1),
+        };
+        assert!(writer_settings(&endpoint(&[])).ends_with("SET synchronous_commit = off"));
+        assert!(writer_settings(&endpoint(&[("work_mem", "8MB")])).ends_with("SET synchronous_commit = off"));
+        assert_eq!(writer_settings(&endpoint(&[("Synchronous_Commit", "on")])), WRITER_SETTINGS);
     }
 }

@@ -82,23 +82,37 @@ impl Opener {
     }
 
     /// Waits, beside everything else, for the end of a transaction.
-    pub(super) fn wait_for(&self, xid: u32) -> Awaited {
+    pub(super) fn wait_for_end(&self, xid: u32) -> Awaited {
+        self.wait(Duration::ZERO, Some(xid))
+    }
+
+    /// Waits, beside everything else, for a time.
+    pub(super) fn wait_for_time(&self, time: Duration) -> Awaited {
+        self.wait(time, None)
+    }
+
+    fn wait(&self, time: Duration, xid: Option<u32>) -> Awaited {
         let behind = Arc::new(AtomicU64::new(u64::MAX));
-        let task = self.runtime.spawn(wait_for(Arc::clone(&self.config), xid, Arc::clone(&behind)));
+        let (config, found) = (Arc::clone(&self.config), Arc::clone(&behind));
+        let task = self.runtime.spawn(async move {
+            sleep(time).await;
+            let position = position_behind(&config, xid).await;
+            found.store(position.0, Ordering::Release);
+        });
         Awaited { behind, task }
     }
 }
 
-/// A transaction whose end is waited for.
+/// Something on the source that is waited for.
 pub(super) struct Awaited {
-    /// A position after its end, as soon as that is known.
+    /// A position behind it, as soon as that is known.
     behind: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
 impl Awaited {
-    /// Whether the transaction ended before this position.
-    pub(super) fn ended_before(&self, position: Lsn) -> bool {
+    /// Whether it lies before this position.
+    pub(super) fn was_before(&self, position: Lsn) -> bool {
         position.0 >= self.behind.load(Ordering::Acquire)
     }
 }
@@ -109,31 +123,33 @@ impl Drop for Awaited {
     }
 }
 
-async fn wait_for(config: Arc<LogConfig>, xid: u32, behind: Arc<AtomicU64>) {
+async fn position_behind(config: &LogConfig, xid: Option<u32>) -> Lsn {
     loop {
-        match ended(&config, xid).await {
-            Ok(Some(position)) => return behind.store(position.0, Ordering::Release),
+        match look(config, xid).await {
+            Ok(Some(position)) => return position,
             Ok(None) => {}
-            Err(error) => tracing::debug!(%error, "the state of transaction {xid} is not known"),
+            Err(error) => tracing::debug!(%error, ?xid, "the source can't be asked what has ended"),
         }
         sleep(LOOK_PAUSE).await;
     }
 }
 
-/// A position behind the end of a transaction; `None` while it runs.
-async fn ended(config: &LogConfig, xid: u32) -> Result<Option<Lsn>> {
+/// The end of the log, behind the end of a transaction; `None` while that runs.
+async fn look(config: &LogConfig, xid: Option<u32>) -> Result<Option<Lsn>> {
     const NEWEST: &str = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text";
     const STATUS: &str = "SELECT pg_xact_status($1::text::xid8)";
     const POSITION: &str = "SELECT pg_current_wal_insert_lsn()::text";
     let what = "look at a transaction";
     let session = connect(&config.endpoint, Side::Source, APPLICATION_NAME).await?;
     let wrong = |error: &dyn std::fmt::Display| Error::bug(format!("{what}: {error}"));
-    let newest: String = answer(Side::Source, what, session.query_one(NEWEST, &[])).await?.get(0);
-    let id = full_id(newest.parse().map_err(|error: std::num::ParseIntError| wrong(&error))?, xid).to_string();
-    let status: Option<String> = answer(Side::Source, what, session.query_one(STATUS, &[&id])).await?.get(0);
-    // No status: so long ago that the server has forgotten it.
-    if status.as_deref() == Some("in progress") {
-        return Ok(None);
+    if let Some(xid) = xid {
+        let newest: String = answer(Side::Source, what, session.query_one(NEWEST, &[])).await?.get(0);
+        let id = full_id(newest.parse().map_err(|error: std::num::ParseIntError| wrong(&error))?, xid).to_string();
+        let status: Option<String> = answer(Side::Source, what, session.query_one(STATUS, &[&id])).await?.get(0);
+        // No status: so long ago that the server has forgotten it.
+        if status.as_deref() == Some("in progress") {
+            return Ok(None);
+        }
     }
     // Its commit record was written before its status changed.
     let position: String = answer(Side::Source, what, session.query_one(POSITION, &[])).await?.get(0);

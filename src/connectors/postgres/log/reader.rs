@@ -41,6 +41,10 @@ const NAP: Duration = Duration::from_micros(200);
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// unless it moved that far, in bytes.
 const IDLE_DISTANCE: u64 = 16 * 1024 * 1024;
+/// How long streaming is off after a defect of the server.
+const DEFECT_PAUSE: Duration = Duration::from_secs(300);
+/// Begins the codes of errors that should not happen (manual: "PostgreSQL Error Codes", class XX).
+const INTERNAL_ERRORS: &str = "XX";
 /// What is being done, for messages of errors.
 const DOING: &str = "replication stream";
 
@@ -49,7 +53,7 @@ pub(super) struct Reader {
     intake: Intake,
     opener: Opener,
     feedback_interval: Duration,
-    /// Streaming is off until this transaction is over.
+    /// Streaming is off until this is over.
     awaited: Option<Awaited>,
     /// When the last data came.
     last_data: Option<Instant>,
@@ -65,14 +69,24 @@ struct Connection {
     reported_at: Instant,
 }
 
+/// Why transactions can't be received before they have ended.
+enum Fallback {
+    NoRoom(NoRoom),
+    /// The server says that something is wrong inside of it. PostgreSQL 14 to 17 fail so to decode a transaction that alters a
+    /// table after it has rolled back another alteration of the same table, but only while it is open.
+    Defect(Error),
+}
+
 /// Where received messages go.
 struct Intake {
     feed: Feed,
     buffer: Arc<Buffer>,
     shared: Arc<Shared>,
     parts: Vec<Part<Lsn>>,
-    /// There was none for what has arrived: nothing more is taken from this connection.
-    no_room: Option<NoRoom>,
+    /// Transactions are sent before they have ended.
+    is_streaming: bool,
+    /// Why that can't go on: nothing more is taken from this connection.
+    fallback: Option<Fallback>,
     server_end: Lsn,
     reply_requested: bool,
     /// Position that the consumer knows when it has applied all that was handed over.
@@ -90,7 +104,8 @@ impl Reader {
             buffer,
             shared: Arc::new(Shared::new(from, socket)),
             parts: Vec::new(),
-            no_room: None,
+            is_streaming: true,
+            fallback: None,
             server_end: from,
             reply_requested: true, // the first update goes out at once
             handed_over: from,
@@ -122,8 +137,8 @@ impl Reader {
         self.intake.hand_over();
         while !self.intake.buffer.is_closed() {
             self.report()?;
-            if let Some(no_room) = self.intake.no_room.take() {
-                self.stop_streaming(&no_room)?;
+            if let Some(fallback) = self.intake.fallback.take() {
+                self.stop_streaming(&fallback)?;
             } else if self.can_stream_again() {
                 self.stream_again()?;
             } else if self.intake.wait_for_space() {
@@ -139,26 +154,37 @@ impl Reader {
     }
 
     /// Goes on without slices: the server keeps large transactions until they end.
-    fn stop_streaming(&mut self, no_room: &NoRoom) -> Result<()> {
-        let NoRoom { xid, bytes, cause } = no_room;
-        let message = format!(
-            "no room to keep transactions that have not ended: {cause}; most of it is transaction {xid} with {} MiB; until it is over, large transactions wait on the source and come whole",
-            bytes >> 20
-        );
-        tracing::warn!("{message}");
-        *guard(&self.intake.shared.notice) = Some(Notice { reason: reason::SPILL_FULL, message });
+    fn stop_streaming(&mut self, fallback: &Fallback) -> Result<()> {
+        let (notice, awaited) = match fallback {
+            Fallback::NoRoom(NoRoom { xid, bytes, cause }) => {
+                let message = format!(
+                    "the spill is full: {cause}; most of it is transaction {xid} with {} MiB; until that is over, large transactions wait on the source and come whole",
+                    bytes >> 20
+                );
+                (Notice { reason: reason::SPILL_FULL, message }, self.opener.wait_for_end(*xid))
+            }
+            Fallback::Defect(error) => {
+                let message = format!(
+                    "large transactions wait on the source and come whole for some minutes, since it can't send one before its end: {}",
+                    error.message
+                );
+                (Notice { reason: reason::STREAMING_FAILED, message }, self.opener.wait_for_time(DEFECT_PAUSE))
+            }
+        };
+        tracing::warn!(reason = notice.reason, "{}", notice.message);
+        *guard(&self.intake.shared.notice) = Some(notice);
         self.reopen(false)?;
-        self.awaited = Some(self.opener.wait_for(*xid));
+        self.awaited = Some(awaited);
         Ok(())
     }
 
     fn can_stream_again(&self) -> bool {
         let assembler = &self.intake.feed.assembler;
-        !assembler.is_inside() && self.awaited.as_ref().is_some_and(|awaited| awaited.ended_before(assembler.received()))
+        !assembler.is_inside() && self.awaited.as_ref().is_some_and(|awaited| awaited.was_before(assembler.received()))
     }
 
     fn stream_again(&mut self) -> Result<()> {
-        tracing::info!("the transaction that took too much room is over: large transactions are streamed again");
+        tracing::info!("large transactions are received again before they have ended");
         self.awaited = None;
         self.reopen(true)?;
         *guard(&self.intake.shared.notice) = None;
@@ -174,6 +200,7 @@ impl Reader {
         let copy = self.opener.reopen(from, streaming)?;
         let (connection, socket) = Connection::new(copy, self.intake.shared.confirmed())?;
         (self.connection, *guard(&self.intake.shared.socket)) = (connection, socket);
+        self.intake.is_streaming = streaming;
         self.decode()
     }
 
@@ -217,7 +244,7 @@ impl Reader {
             if self.intake.feed.is_replaying() {
                 self.replay()?;
             }
-            if self.intake.no_room.is_some() || self.intake.buffer.is_closed() {
+            if self.intake.fallback.is_some() || self.intake.buffer.is_closed() {
                 break;
             }
         }
@@ -286,7 +313,15 @@ impl Intake {
     fn frame(&mut self, tag: u8, body: &[u8], now: Instant) -> Result<()> {
         match tag {
             b'd' => self.copy_data(body, now),
-            b'E' => Err(errors::classify_server(Side::Source, DOING, &server_error(body))),
+            b'E' => {
+                let said = server_error(body);
+                let error = errors::classify_server(Side::Source, DOING, &said);
+                if !(self.is_streaming && said.code.starts_with(INTERNAL_ERRORS)) {
+                    return Err(error);
+                }
+                self.fallback = Some(Fallback::Defect(error));
+                Ok(())
+            }
             // CopyDone: the server shuts down.
             b'c' => Err(errors::lost(Side::Source, DOING, "the server has ended the stream")),
             // Notice, parameter status.
@@ -309,7 +344,7 @@ impl Intake {
                     Ok(()) => Ok(()),
                     Err(Trouble::Stream(error)) => Err(error),
                     Err(Trouble::NoRoom(no_room)) => {
-                        self.no_room = Some(no_room);
+                        self.fallback = Some(Fallback::NoRoom(no_room));
                         Ok(())
                     }
                 }

@@ -3,6 +3,7 @@
 //!
 //! Invariant: a session on which a command was given up half-way is never used again.
 
+mod bulk;
 pub mod cursor;
 mod wire;
 
@@ -12,6 +13,7 @@ use super::lsn::Lsn;
 use super::sql::quote_ident;
 use super::{errors, session};
 use crate::engine::error::{Error, Result, reason};
+pub(super) use bulk::BulkSession;
 use bytes::BytesMut;
 use postgres_protocol::message::frontend;
 use std::time::Duration;

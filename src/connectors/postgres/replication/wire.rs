@@ -19,10 +19,13 @@ const LONGEST_MESSAGE: usize = 16 * 1024 * 1024;
 /// Bytes of tag and length before each message.
 const HEADER: usize = 5;
 
+/// The rows of an answer, as text.
+pub(super) type Rows = Vec<Vec<Option<String>>>;
+
 /// A message: its tag and what follows the length.
-struct Message {
-    tag: u8,
-    body: BytesMut,
+pub(super) struct Message {
+    pub tag: u8,
+    pub body: BytesMut,
 }
 
 /// The messages of one session.
@@ -72,28 +75,33 @@ impl Wire {
     }
 
     /// Runs one simple query and reads its answer to the end.
-    pub(super) async fn query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>> {
-        self.begin_command(sql).await?;
+    pub(super) async fn query(&mut self, sql: &str) -> Result<Rows> {
+        self.run(sql).await?.map_err(|error| errors::classify_server(Side::Source, sql, &error))
+    }
+
+    /// The same; the server's refusal as it was sent.
+    pub(super) async fn run(&mut self, sql: &str) -> Result<Result<Rows, ServerError>> {
+        self.begin_command(sql, sql).await?;
         let mut rows = Vec::new();
         let mut failure = None;
         loop {
             let message = self.message().await?;
             match message.tag {
                 b'D' => rows.push(data_row(&message.body)?),
-                b'E' => failure = Some(self.server_error(&message.body)),
+                b'E' => failure = Some(server_error(&message.body)),
                 // Row description, command complete, empty query.
                 b'T' | b'C' | b'I' => {}
                 b'Z' => break,
                 tag => return Err(self.unexpected(tag)),
             }
         }
-        self.busy = false;
-        failure.map_or(Ok(rows), Err)
+        self.end_command();
+        Ok(failure.map_or(Ok(rows), Err))
     }
 
     /// Runs a command that turns the session into a stream.
     pub(super) async fn start_copy(&mut self, command: &str) -> Result<()> {
-        self.begin_command(command).await?;
+        self.begin_command(command, command).await?;
         let message = self.message().await?;
         match message.tag {
             // CopyBothResponse
@@ -107,11 +115,12 @@ impl Wire {
         CopyBoth { transport: self.transport, received: self.received }
     }
 
-    async fn begin_command(&mut self, sql: &str) -> Result<()> {
+    /// Sends a command; `what` names it in messages of errors.
+    pub(super) async fn begin_command(&mut self, what: &str, sql: &str) -> Result<()> {
         if std::mem::replace(&mut self.busy, true) {
-            return Err(errors::lost(Side::Source, sql, "an earlier command on this session was given up"));
+            return Err(errors::lost(Side::Source, what, "an earlier command on this session was given up"));
         }
-        sql.clone_into(&mut self.doing);
+        what.clone_into(&mut self.doing);
         self.send(query_message(sql)?).await
     }
 
@@ -202,7 +211,7 @@ impl Wire {
     }
 
     /// The next message that is not a notice, a notification or a parameter's new value.
-    async fn message(&mut self) -> Result<Message> {
+    pub(super) async fn message(&mut self) -> Result<Message> {
         loop {
             let message = self.any_message().await?;
             match message.tag {
@@ -213,7 +222,8 @@ impl Wire {
         }
     }
 
-    async fn any_message(&mut self) -> Result<Message> {
+    /// The next message, whatever it is.
+    pub(super) async fn any_message(&mut self) -> Result<Message> {
         self.fill(HEADER).await?;
         let length = Cursor::new(&self.received[1..HEADER]).u32()? as usize;
         if !(4..=LONGEST_MESSAGE).contains(&length) {
@@ -238,6 +248,22 @@ impl Wire {
         Ok(())
     }
 
+    /// The answer to the running command has been read to its end.
+    pub(super) fn end_command(&mut self) {
+        self.busy = false;
+    }
+
+    /// What was received and not read yet.
+    pub(super) fn received(&mut self) -> &mut BytesMut {
+        &mut self.received
+    }
+
+    /// Receives at least one more byte, with room for `room` at a time.
+    pub(super) async fn receive(&mut self, room: usize) -> Result<()> {
+        self.received.reserve(room);
+        self.fill(self.received.len() + 1).await
+    }
+
     async fn send(&mut self, message: BytesMut) -> Result<()> {
         let sent = async {
             self.transport.write_all(&message).await?;
@@ -258,11 +284,11 @@ impl Wire {
         errors::lost(Side::Source, &self.doing, &format!("connection lost: {error}"))
     }
 
-    fn server_error(&self, body: &[u8]) -> Error {
+    pub(super) fn server_error(&self, body: &[u8]) -> Error {
         errors::classify_server(Side::Source, &self.doing, &server_error(body))
     }
 
-    fn unexpected(&self, tag: u8) -> Error {
+    pub(super) fn unexpected(&self, tag: u8) -> Error {
         violation(format!("{}: message {:?} is not expected here", self.doing, char::from(tag)))
     }
 }
