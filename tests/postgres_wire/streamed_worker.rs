@@ -7,7 +7,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use std::time::Duration;
 
 /// Kills of one run.
-const KILLS: u32 = 6;
+const KILLS: u32 = 5;
 /// The least memory that a log takes is 16 MiB, half of it for what is kept.
 const KEPT: u64 = 8 << 20;
 
