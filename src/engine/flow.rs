@@ -364,6 +364,6 @@ async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Out
 }
 
 /// The error of a task that ended without an answer.
-pub(super) fn lost_task(error: &tokio::task::JoinError) -> Error {
+pub(crate) fn lost_task(error: &tokio::task::JoinError) -> Error {
     Error::new(Class::Bug, reason::INTERNAL_ERROR, format!("a task ended without an answer: {error}"))
 }
