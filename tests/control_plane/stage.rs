@@ -211,16 +211,38 @@ impl Stage {
     async fn apply_rights_of_the_chart(&self, scopes: &[&str]) -> Chart {
         let objects = chart::rendered(&self.home, scopes);
         for object in objects.iter().filter(|object| ACCESS.contains(&chart::kind(object))) {
-            let types = object.types.as_ref().expect("a kind");
-            let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(types).expect("a group"));
-            let api: Api<DynamicObject> = match object.namespace() {
-                Some(namespace) => Api::namespaced_with(self.client.clone(), &namespace, &resource),
-                None => Api::all_with(self.client.clone(), &resource),
-            };
-            api.patch(&object.name_any(), &PatchParams::apply("tests").force(), &Patch::Apply(object)).await.expect("applied");
+            self.apply(object).await;
         }
         let account = objects.iter().find(|object| chart::kind(object) == "ServiceAccount").expect("the chart makes an account");
         Chart { account: account.name_any(), arguments: chart::arguments(&objects) }
+    }
+
+    async fn apply(&self, object: &DynamicObject) {
+        let types = object.types.as_ref().expect("a kind");
+        let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(types).expect("a group"));
+        let api: Api<DynamicObject> = match object.namespace() {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), &namespace, &resource),
+            None => Api::all_with(self.client.clone(), &resource),
+        };
+        api.patch(&object.name_any(), &PatchParams::apply("tests").force(), &Patch::Apply(object)).await.expect("applied");
+    }
+
+    /// Makes the chart's admission policy, in force in this stage's namespace only; returns its name.
+    pub async fn apply_policy_of_the_chart(&self) -> String {
+        for mut object in chart::rendered(&self.home, &[]) {
+            match chart::kind(&object) {
+                "ValidatingAdmissionPolicy" => {}
+                "ValidatingAdmissionPolicyBinding" => {
+                    let here = json!({"matchLabels": {"kubernetes.io/metadata.name": self.namespace}});
+                    object.data["spec"]["matchResources"] = json!({"namespaceSelector": here});
+                    object.data["spec"]["policyName"] = json!(self.home);
+                }
+                _ => continue,
+            }
+            object.metadata.name = Some(self.home.clone());
+            self.apply(&object).await;
+        }
+        self.home.clone()
     }
 
     /// Requests to the API server with these labels.
