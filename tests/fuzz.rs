@@ -4,7 +4,7 @@
 #[path = "../fuzz/common/mod.rs"]
 mod common;
 
-use common::messages::{FRAME, announce, damage, envelope, join, transaction};
+use common::messages::{FRAME, announce, damage, envelope, join, streamed, transaction};
 use common::targets;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
@@ -87,7 +87,7 @@ fn stream() {
         };
         add(&mut random, announce(), at);
         for _ in 0..random.random_range(1..30) {
-            let messages = transaction(&mut random, &mut at);
+            let messages = if random.random_bool(0.3) { streamed(&mut random, &mut at) } else { transaction(&mut random, &mut at) };
             add(&mut random, messages, at);
         }
         // Whole: the end of the connection is all that is wrong.

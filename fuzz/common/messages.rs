@@ -94,6 +94,28 @@ pub fn transaction(random: &mut SmallRng, at: &mut u64) -> Vec<Vec<u8>> {
     messages
 }
 
+/// A transaction that is sent in slices before its end; some of it is rolled back.
+pub fn streamed(random: &mut SmallRng, at: &mut u64) -> Vec<Vec<u8>> {
+    let whole = transaction(random, at);
+    let [begin, changes @ .., commit] = whole.as_slice() else { return whole };
+    let xid = (*at as u32).to_be_bytes();
+    let subxid = (*at as u32 + 1).to_be_bytes();
+    let inside = |message: &Vec<u8>, id: &[u8; 4]| [&message[..1], id, &message[1..]].concat();
+    let mut messages = vec![[b"S".as_slice(), &xid, &[1]].concat()];
+    messages.extend(announce().iter().map(|message| inside(message, &xid)));
+    for change in changes {
+        match random.random_range(0..4) {
+            0 => messages.extend([b"E".to_vec(), [b"S".as_slice(), &xid, &[0]].concat(), inside(change, &subxid)]),
+            1 if change[0] != b'R' => messages.push(inside(change, &subxid)),
+            _ => messages.push(inside(change, &xid)),
+        }
+    }
+    messages.push(b"E".to_vec());
+    messages.push([b"A".as_slice(), &xid, &subxid].concat());
+    messages.push([b"c".as_slice(), &xid, &[0], &begin[1..9], &commit[10..18], &commit[18..26]].concat());
+    messages
+}
+
 /// A change, or another message that may stand inside a transaction.
 fn change(random: &mut SmallRng) -> Vec<u8> {
     let index = random.random_range(0..3);

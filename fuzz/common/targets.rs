@@ -4,12 +4,13 @@
 
 use super::messages::{FRAME, announce, split, tables};
 use sluice::connectors::postgres::endpoint::Secret;
-use sluice::connectors::postgres::log::PostgresLog;
+use sluice::connectors::postgres::log::{LogConfig, PostgresLog};
 use sluice::connectors::postgres::pgoutput::{Decoder, Message};
 use sluice::connectors::postgres::{Endpoint, Lsn, TlsMode};
 use sluice::engine::batch::Batch;
 use sluice::engine::error::{Class, Error, reason};
 use sluice::engine::roles::{BatchLimits, ChangeLog as _};
+use sluice::engine::spill::Room;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
@@ -80,7 +81,8 @@ pub fn stream(input: &[u8]) -> (Error, usize) {
     // An error that a server has sent itself may be of any kind.
     let sent = error.message.contains("SQLSTATE");
     let known = matches!(error.reason, reason::PROTOCOL_VIOLATION | reason::SOURCE_UNREACHABLE | reason::AUTHENTICATION_FAILED);
-    let unreachable = error.reason == reason::HOST_UNREACHABLE && moment == Moment::Login;
+    // After an internal error of the server the log connects again.
+    let unreachable = error.reason == reason::HOST_UNREACHABLE && moment != Moment::Commands;
     assert!(sent || (error.class != Class::Bug && (known || unreachable)), "{:?} {error}", error.class);
     outcome
 }
@@ -124,6 +126,9 @@ fn serve(listener: TcpListener, moment: Moment, bytes: &[u8]) -> std::io::Result
         // One row: wal_sender_timeout.
         socket.write_all(b"D\0\0\0\x0f\0\x01\0\0\0\x0560000C\0\0\0\x0dSELECT 1\0Z\0\0\0\x05I")?;
         read_message(&mut socket, true)?;
+        // System identifier, timeline, position, database.
+        socket.write_all(b"D\0\0\0\x1c\0\x04\0\0\0\x017\0\0\0\x011\0\0\0\x030/1\0\0\0\x01dC\0\0\0\x14IDENTIFY_SYSTEM\0Z\0\0\0\x05I")?;
+        read_message(&mut socket, true)?;
         socket.write_all(b"W\0\0\0\x07\0\0\0")?;
     }
     socket.write_all(bytes)?;
@@ -143,8 +148,16 @@ fn read_message(socket: &mut TcpStream, tagged: bool) -> std::io::Result<()> {
 
 async fn follow(port: u16, allowed: usize) -> (Error, usize) {
     let limits = BatchLimits { rows: 100, bytes: 1 << 16, delay: Duration::from_millis(5) };
-    let endpoint = endpoint(port);
-    let mut log = match PostgresLog::open(&endpoint, "s", "p", Lsn(1), &tables(), false, limits).await {
+    let config = LogConfig {
+        endpoint: endpoint(port),
+        slot: "s".into(),
+        publication: "p".into(),
+        tables: tables(),
+        binary: false,
+        limits,
+        room: Room::in_memory(1 << 20),
+    };
+    let mut log = match PostgresLog::open(config, Lsn(1)).await {
         Ok(log) => log,
         Err(error) => return (error, 0),
     };
