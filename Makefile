@@ -53,5 +53,5 @@ docs: ## Build the book into target/book
 
 bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
 	@e2e/deps.sh packages postgres bench
-	@PRESET='$(PRESET)' ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' ONLY='$(ONLY)' NAME='$(NAME)' SLUICE_BIN='$(SLUICE_BIN)' \
+	@PRESET='$(PRESET)' ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' ONLY='$(ONLY)' NAME='$(NAME)' RESULTS='$(RESULTS)' SLUICE_BIN='$(SLUICE_BIN)' \
 	  cargo bench --locked --bench databases

@@ -109,13 +109,20 @@ check(not verbs("minimal", "networking.k8s.io", "networkpolicies"), "NetworkPoli
 check(verbs("default", "sluice.dev", "mirrors") == {"get", "list", "watch", "patch"}, "verbs on Mirrors")
 check(verbs("default", "coordination.k8s.io", "leases", resource_name="sluice-operator") == {"get", "update"}, "verbs on the lease")
 
-# Scoped: nothing but two cluster-wide rights, the same Role in each namespace.
+# Scoped: nothing but two cluster-wide rights; the others are bound in each namespace.
 cluster = [r for r in of("scoped", "ClusterRole") if r["metadata"]["name"] == "sluice-operator"][0]
 check({r for rule in cluster["rules"] for r in rule["resources"]} == {"selfsubjectaccessreviews", "validatingadmissionpolicies", "validatingadmissionpolicybindings"}, "scoped: cluster-wide rights")
-roles = {r["metadata"]["namespace"]: r["rules"] for r in of("scoped", "Role") if r["metadata"]["name"] == "sluice-operator"}
-check(set(roles) == {"shop", "dw"} and roles["shop"] == roles["dw"], "scoped: Roles")
+bound = "sluice-operator-namespaced"
+check({b["roleRef"]["name"] for b in of("scoped", "ClusterRoleBinding")} == {"sluice-operator"}, "scoped: only those are bound cluster-wide")
+bindings = {b["metadata"]["namespace"]: b["roleRef"] for b in of("scoped", "RoleBinding") if b["metadata"]["name"] == bound}
+check(set(bindings) == {"shop", "dw"} and all(r == {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": bound} for r in bindings.values()), "scoped: RoleBindings")
+namespaced = [r for r in of("scoped", "ClusterRole") if r["metadata"]["name"] == bound][0]["rules"]
 wide = [r for r in of("default", "ClusterRole") if r["metadata"]["name"] == "sluice-operator"][0]["rules"]
-check(wide == cluster["rules"] + roles["shop"], "scoped and cluster-wide rights are the same")
+check(wide == cluster["rules"] + namespaced[:-1], "scoped and cluster-wide rights are the same, but for the binding")
+check(namespaced[-1] == {"apiGroups": ["rbac.authorization.k8s.io"], "resources": ["rolebindings"], "resourceNames": [bound], "verbs": ["get", "patch"]}, "scoped: the binding is held")
+check(f"--role-binding={bound}" in operator["scoped"]["args"], "scoped: the operator knows the binding")
+check(not any(a.startswith("--role-binding") for a in operator["default"]["args"]), "no binding to hold by default")
+check(not any("rolebindings" in rule["resources"] for rule in wide), "no right on RoleBindings by default")
 for binding in of("scoped", "RoleBinding") + of("scoped", "ClusterRoleBinding"):
     check(binding["subjects"][0]["namespace"] == "sluice-system", "scoped: subject")
 

@@ -19,16 +19,16 @@ use sluice::operator::health::Health;
 use sluice::operator::metrics::Metrics;
 use sluice::operator::shutdown::Shutdown;
 use sluice::operator::signing::SigningKeys;
-use sluice::operator::{Context, Options, connection};
+use sluice::operator::{Context, connection};
 use sluice::resources::conditions::{get, is_true, kind};
 use sluice::resources::names::{IN_USE_FINALIZER, PAUSE_RECONCILIATION};
 use sluice::resources::{Connection, ConnectionStatus, Mirror, Source, Target, crds};
-use sluice::telemetry::LogFormat;
 use sluice::worker::contract::MirrorId;
 use sluice::worker::token::SigningKey;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::apiserver::ApiServer;
+use support::operator::options;
 use support::{Postgres, eventually};
 use tokio::task::JoinSet;
 
@@ -74,7 +74,7 @@ impl Stage {
         let metrics = Metrics::default();
         let client = bounded_client(server.config().await, &metrics).expect("a client");
         let keys = SigningKeys::new(SigningKey::generate().expect("a key"), None);
-        let ctx = Context::new(client.clone(), options(&namespace), metrics, Health::default(), keys).expect("a context");
+        let ctx = Context::new(client.clone(), options(&namespace, &namespace), metrics, Health::default(), keys).expect("a context");
         let (shutdown, mut tasks) = (Shutdown::new(), JoinSet::new());
         connection::spawn(&mut tasks, &ctx, &shutdown, databases);
         Self { server, client, namespace, shutdown, tasks }
@@ -157,29 +157,6 @@ impl Stage {
             + serde::de::DeserializeOwned,
     {
         self.api::<K>().get_opt(name).await.expect("an answer").is_none()
-    }
-}
-
-fn options(namespace: &str) -> Options {
-    Options {
-        listen: ([127, 0, 0, 1], 0).into(),
-        namespace: namespace.into(),
-        pod_name: "operator".into(),
-        pod_uid: String::new(),
-        watch_namespaces: vec![namespace.into()],
-        worker_image: "sluice:test".into(),
-        worker_image_pull_policy: "Never".into(),
-        log_format: LogFormat::Text,
-        log_level: "info".into(),
-        leader_election: false,
-        lease_name: "sluice-operator".into(),
-        concurrency: 4,
-        protect_secrets: true,
-        worker_network_policies: true,
-        signing_key_secret: "sluice-signing-key".into(),
-        deletion_policy_name: "sluice-deletion-protection".into(),
-        release: "test".into(),
-        clean_up_minutes: 10,
     }
 }
 

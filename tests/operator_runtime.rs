@@ -25,36 +25,17 @@ use sluice::operator::signing::{SigningKeys, load_or_create};
 use sluice::operator::watch::Watches;
 use sluice::operator::{Context, ErrorClass, Options, apply, permissions, reconcile};
 use sluice::resources::{Mirror, MirrorStatus, Source, Target};
-use sluice::telemetry::LogFormat;
 use sluice::worker::token::SigningKey;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::apiserver::{ApiServer, Link};
 use support::eventually;
+use support::operator;
 use tokio::task::JoinSet;
 
 fn options(namespace: &str, pod: &str) -> Options {
-    Options {
-        listen: ([127, 0, 0, 1], 0).into(),
-        namespace: namespace.into(),
-        pod_name: pod.into(),
-        pod_uid: String::new(),
-        watch_namespaces: vec![namespace.into()],
-        worker_image: "sluice:test".into(),
-        worker_image_pull_policy: "Never".into(),
-        log_format: LogFormat::Text,
-        log_level: "info".into(),
-        leader_election: true,
-        lease_name: "sluice-operator".into(),
-        concurrency: 4,
-        protect_secrets: true,
-        worker_network_policies: true,
-        signing_key_secret: "sluice-signing-key".into(),
-        deletion_policy_name: "sluice-deletion-protection".into(),
-        release: "test".into(),
-        clean_up_minutes: 10,
-    }
+    operator::options_with(namespace, ["--watch-namespaces", namespace, "--leader-election=true", "--pod-name", pod])
 }
 
 fn keys() -> SigningKeys {

@@ -41,7 +41,7 @@ pub async fn facts(servers: &Servers) -> Result<Value> {
 pub fn sluice() -> String {
     let version = env!("CARGO_PKG_VERSION");
     match std::env::var("SLUICE_BIN") {
-        Ok(program) if !program.is_empty() => format!("the program given: {program}"),
+        Ok(program) if !program.is_empty() => "of another build".to_owned(),
         _ => format!("{version} ({})", said(Command::new("git").args(["describe", "--always", "--dirty"]))),
     }
 }

@@ -10,7 +10,8 @@
 //! | `ROUNDS` | rounds | 5, 3, 1 |
 //! | `SCALE` | part of the full number of rows | 1, 0.2, 0.01 |
 //! | `ONLY` | scenarios, separated by commas | all |
-//! | `NAME` | results go to `benches/results/<date>-<name>.json` and `.md` | the preset |
+//! | `NAME` | results go to `<date>-<name>.json` and `.md` | the preset |
+//! | `RESULTS` | in this folder | `benches/results` |
 //! | `SLUICE_BIN` | another worker program, for example of an earlier release | the one built with this |
 //!
 //! A results file that is there already keeps the scenarios that are not measured now, so a long run can be done in pieces.

@@ -1,6 +1,7 @@
 //! What the environment asks for.
 
 use crate::Result;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// How much is measured.
@@ -13,6 +14,8 @@ pub struct Options {
     pub only: Vec<String>,
     /// Part of the results' file name.
     pub name: String,
+    /// Folder of the results.
+    pub results: PathBuf,
     /// How to repeat it.
     pub command: String,
 }
@@ -39,6 +42,7 @@ impl Options {
             scale: number("SCALE", scale)?,
             only: only.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect(),
             name: text("NAME").unwrap_or(preset),
+            results: text("RESULTS").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results"), PathBuf::from),
             command,
         };
         if options.rounds == 0 || !(options.scale > 0.0 && options.scale <= 10.0) {

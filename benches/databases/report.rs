@@ -17,8 +17,7 @@ pub struct Report {
 impl Report {
     /// Goes on with the file of this name and day, or begins one.
     pub fn open(options: &Options, facts: &Value) -> Result<Self> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
-        let json = folder.join(format!("{}-{}.json", jiff::Zoned::now().date(), options.name));
+        let json = options.results.join(format!("{}-{}.json", jiff::Zoned::now().date(), options.name));
         let mut all = match std::fs::read(&json) {
             Ok(text) => serde_json::from_slice(&text)?,
             Err(_) => json!({ "scenarios": {} }),

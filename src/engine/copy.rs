@@ -1,17 +1,22 @@
 //! The copy of tables under one snapshot: tables in parallel, ranges of a table in parallel.
 //!
 //! Invariant: a range's done-row is written in the transaction that carries the range; a table's state changes only when
-//! all of its ranges are done.
+//! all of its ranges are done, and with it goes the position that the copy is tied to. So a failure costs a range while
+//! the snapshot lives, the unfinished tables when it is lost, and nothing of a table whose rows are all there.
 
-use super::error::Result;
+use super::error::{Class, Error, Result, reason};
 use super::flow::{SnapshotConfig, lost_task};
 use super::progress::{Phase, Progress};
+use super::retry::Backoff;
 use super::roles::{Apply, BulkFormat, Claim, Range, Snapshot, Source, Target};
 use super::table::{MappedTable, TableState};
 use futures::{TryStreamExt as _, stream};
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
+
+/// How often a range is tried again under the same snapshot before the session ends.
+const RANGE_RETRIES: u32 = 5;
 
 /// What a copy needs besides the tables.
 pub(super) struct CopyJob<'a, S, T> {
@@ -47,9 +52,9 @@ where
     result
 }
 
-async fn copy_table<S, T>(
-    job: &CopyJob<'_, S, T>,
-    applier: &Mutex<&mut T::Applier>,
+async fn copy_table<'b, S, T>(
+    job: &CopyJob<'b, S, T>,
+    applier: &Mutex<&'b mut T::Applier>,
     snapshot: &Arc<S::Snapshot>,
     table: &MappedTable,
 ) -> Result<()>
@@ -61,37 +66,101 @@ where
     let generation = applier.lock().await.begin_copy(table, job.config.truncate).await.map_err(|error| error.context(name))?;
     job.progress.set_table(name, TableState::Copying);
     let format = job.target.bulk_format(table).await.map_err(|error| error.context(name))?;
+    let copy = RangeCopy { job, applier, snapshot, table, generation, format };
     stream::iter(snapshot.ranges(table, job.config.rows_per_range).into_iter().map(Ok))
-        .try_for_each_concurrent(job.config.workers_per_table.max(1), |range| copy_range(job, snapshot, table, generation, range, format))
+        .try_for_each_concurrent(job.config.workers_per_table.max(1), |range| copy.run(range))
         .await
         .map_err(|error| error.context(name))?;
-    applier.lock().await.set_state(table, TableState::Copied, None).await?;
-    job.progress.set_table(name, TableState::Copied);
-    job.target.finish(job.claim, table).await.map_err(|error| error.context(name))?;
-    applier.lock().await.set_state(table, TableState::CatchingUp, Some(snapshot.position())).await?;
-    job.progress.set_table(name, TableState::CatchingUp);
-    Ok(())
+    applier.lock().await.set_state(table, TableState::Copied, Some(snapshot.position())).await?;
+    finish_table(job, applier, table, snapshot.position()).await
 }
 
-/// One range, in a task of its own so that ranges use all cores.
-async fn copy_range<S, T>(
+/// Finishes tables whose rows are all there; each is `CatchingUp` from its position afterwards.
+pub(super) async fn finish_tables<S, T>(
     job: &CopyJob<'_, S, T>,
-    snapshot: &Arc<S::Snapshot>,
-    table: &MappedTable,
-    generation: i64,
-    range: Range,
-    format: BulkFormat,
+    applier: &mut T::Applier,
+    tables: &[(&MappedTable, S::Position)],
 ) -> Result<()>
 where
     S: Source,
     T: Target<Position = S::Position>,
 {
-    let (snapshot, target, claim, table) = (Arc::clone(snapshot), Arc::clone(job.target), job.claim.clone(), table.clone());
-    let task = tokio::spawn(async move {
-        let rows = snapshot.read(&table, &range, format).await?;
-        target.load(&claim, &table, generation, &range, format, rows).await
-    });
-    let rows = AbortOnDropHandle::new(task).await.map_err(|error| lost_task(&error))??;
-    job.progress.add_copied(rows);
+    job.progress.set_phase(Phase::Copying);
+    let applier = Mutex::new(applier);
+    stream::iter(tables.iter().map(Ok))
+        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |(table, position)| finish_table(job, &applier, table, position))
+        .await
+}
+
+async fn finish_table<S, T>(
+    job: &CopyJob<'_, S, T>,
+    applier: &Mutex<&mut T::Applier>,
+    table: &MappedTable,
+    position: &S::Position,
+) -> Result<()>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    let name = table.source();
+    job.progress.set_table(name, TableState::Copied);
+    job.target.finish(job.claim, table).await.map_err(|error| error.context(name))?;
+    applier.lock().await.set_state(table, TableState::CatchingUp, Some(position)).await?;
+    job.progress.set_table(name, TableState::CatchingUp);
     Ok(())
+}
+
+/// The copy of one table's ranges.
+struct RangeCopy<'a, 'b, S: Source, T: Target> {
+    job: &'a CopyJob<'b, S, T>,
+    applier: &'a Mutex<&'b mut T::Applier>,
+    snapshot: &'a Arc<S::Snapshot>,
+    table: &'a MappedTable,
+    generation: i64,
+    format: BulkFormat,
+}
+
+impl<S, T> RangeCopy<'_, '_, S, T>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    /// Copies a range, again when a connection was lost on the way: the snapshot is still there.
+    async fn run(&self, range: Range) -> Result<()> {
+        let mut backoff = Backoff::new();
+        loop {
+            let error = match self.attempt(&range).await {
+                Ok(rows) => {
+                    self.job.progress.add_copied(rows);
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            if !passes(&error) || backoff.failures() == RANGE_RETRIES {
+                return Err(error);
+            }
+            tracing::warn!(table = %self.table.source(), range = range.number, %error, "a range is copied again");
+            tokio::time::sleep(backoff.next(error.class)).await;
+            // Its commit may have come through, and only the answer not.
+            if self.applier.lock().await.done_ranges(self.table, self.generation).await?.contains(&range.number) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// In a task of its own, so that ranges use all cores.
+    async fn attempt(&self, range: &Range) -> Result<u64> {
+        let (snapshot, target, claim) = (Arc::clone(self.snapshot), Arc::clone(self.job.target), self.job.claim.clone());
+        let (table, range, generation, format) = (self.table.clone(), range.clone(), self.generation, self.format);
+        let task = tokio::spawn(async move {
+            let rows = snapshot.read(&table, &range, format).await?;
+            target.load(&claim, &table, generation, &range, format, rows).await
+        });
+        AbortOnDropHandle::new(task).await.map_err(|error| lost_task(&error))?
+    }
+}
+
+/// Whether a range may succeed under the same snapshot.
+fn passes(error: &Error) -> bool {
+    error.class == Class::Retry && error.reason != reason::SNAPSHOT_LOST
 }

@@ -3,7 +3,7 @@
 //! A session ends with an error or because it is told to; whoever runs it begins another one. Nothing learned from the
 //! target in one session is used in the next: each begins with a claim and reads the checkpoint.
 
-use super::copy::{CopyJob, copy_tables};
+use super::copy::{CopyJob, copy_tables, finish_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
 use super::progress::{Phase, Progress};
@@ -237,6 +237,8 @@ async fn join<A: Apply>(
 struct Sorted<'a, P> {
     /// Follow from their own position, or from the checkpoint.
     followed: Vec<(&'a MappedTable, Option<P>)>,
+    /// Have all rows as of a position; what comes after the rows was interrupted.
+    to_finish: Vec<(&'a MappedTable, P)>,
     /// Need a copy: new, unfinished, or with other columns than were copied.
     to_copy: Vec<&'a MappedTable>,
     /// Out of the publication while nobody looked: changes are gone.
@@ -250,17 +252,20 @@ fn sort_tables<'a, P: super::position::Position>(
     checkpoint: &Checkpoint<P>,
     published: &[QualifiedName],
 ) -> Sorted<'a, P> {
-    let mut sorted = Sorted { followed: Vec::new(), to_copy: Vec::new(), left: Vec::new(), rows_copied: 0 };
+    let mut sorted = Sorted { followed: Vec::new(), to_finish: Vec::new(), to_copy: Vec::new(), left: Vec::new(), rows_copied: 0 };
     for table in tables {
         let known = checkpoint.tables.get(table.source()).filter(|known| known.target == table.target);
         match known {
             Some(known) if known.state == TableState::Error => sorted.left.push(table),
-            Some(known) if matches!(known.state, TableState::CatchingUp | TableState::Ready) && known.columns == table.signature() => {
-                if published.contains(table.source()) {
-                    sorted.rows_copied += known.rows_copied.unsigned_abs();
-                    sorted.followed.push((table, known.position.clone()));
-                } else {
+            Some(known) if known.is_copied() && known.columns == table.signature() => {
+                if !published.contains(table.source()) {
                     sorted.left.push(table);
+                    continue;
+                }
+                sorted.rows_copied += known.rows_copied.unsigned_abs();
+                match (known.state, &known.position) {
+                    (TableState::Copied, Some(position)) => sorted.to_finish.push((table, position.clone())),
+                    _ => sorted.followed.push((table, known.position.clone())),
                 }
             }
             _ => sorted.to_copy.push(table),
@@ -305,6 +310,12 @@ where
     }
     job.progress.set_copied(sorted.rows_copied);
     let mut handover = following(&position, sorted.followed.iter().cloned());
+    if !sorted.to_finish.is_empty() {
+        finish_tables(job, applier, &sorted.to_finish).await?;
+        for (table, own) in &sorted.to_finish {
+            handover.follow(table.version.id, table.source().clone(), Some(own.clone()));
+        }
+    }
     if !sorted.to_copy.is_empty() {
         let snapshot = watched(job, job.source.snapshot()).await?;
         let right_up_to = snapshot.position().clone();
@@ -312,7 +323,9 @@ where
         for table in &sorted.to_copy {
             handover.follow(table.version.id, table.source().clone(), Some(right_up_to.clone()));
         }
-        // An idle source would never move past the new tables' position by itself.
+    }
+    if !sorted.to_finish.is_empty() || !sorted.to_copy.is_empty() {
+        // An idle source would never move past the new tables' positions by itself.
         job.source.mark().await?;
     }
     join(applier, tables, &mut handover, position).await?;
@@ -329,6 +342,7 @@ pub(super) fn left_publication() -> String {
 fn report_known<P>(progress: &Progress, sorted: &Sorted<'_, P>) {
     let state = |own: &Option<P>| if own.is_some() { TableState::CatchingUp } else { TableState::Ready };
     let followed = sorted.followed.iter().map(|(table, own)| (table.source().clone(), state(own)));
+    let followed = followed.chain(sorted.to_finish.iter().map(|(table, _)| (table.source().clone(), TableState::Copied)));
     let others = [(&sorted.to_copy, TableState::Init), (&sorted.left, TableState::Error)];
     let others = others.into_iter().flat_map(|(tables, state)| tables.iter().map(move |table| (table.source().clone(), state)));
     progress.set_tables(followed.chain(others).collect());
@@ -350,6 +364,6 @@ async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Out
 }
 
 /// The error of a task that ended without an answer.
-pub(super) fn lost_task(error: &tokio::task::JoinError) -> Error {
+pub(crate) fn lost_task(error: &tokio::task::JoinError) -> Error {
     Error::new(Class::Bug, reason::INTERNAL_ERROR, format!("a task ended without an answer: {error}"))
 }

@@ -238,12 +238,24 @@ pub struct TableCheckpoint<P> {
     pub state: TableState,
     /// Counts the copies of this table, so that rows of an older one are never taken for done.
     pub generation: i64,
-    /// Up to where its copy is right, for a table that is catching up.
+    /// Up to where its copy is right, for a table that is copied or catching up.
     pub position: Option<P>,
     /// Rows copied in this generation.
     pub rows_copied: i64,
     /// Encoded column names and types, to see that a table has changed while nobody looked.
     pub columns: String,
+}
+
+impl<P> TableCheckpoint<P> {
+    /// All rows of its copy are there, as of a known position.
+    #[must_use]
+    pub fn is_copied(&self) -> bool {
+        match self.state {
+            TableState::Copied => self.position.is_some(),
+            TableState::CatchingUp | TableState::Ready => true,
+            TableState::Init | TableState::Copying | TableState::Error => false,
+        }
+    }
 }
 
 /// What a target holds durably for a stream.
@@ -361,7 +373,7 @@ pub trait Apply: Send + 'static {
     /// (`truncate`, else an error when there are any), raises the generation, state `Copying`. Returns the generation.
     fn begin_copy(&mut self, table: &MappedTable, truncate: bool) -> impl Future<Output = Result<i64>> + Send;
 
-    /// Writes a table's state, with the position up to which it is right where it is catching up.
+    /// Writes a table's state, with the position up to which it is right where it is copied or catching up.
     fn set_state(
         &mut self,
         table: &MappedTable,

@@ -6,8 +6,8 @@ use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
-use kube::core::PartialObjectMeta;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
+use kube::core::{ObjectList, PartialObjectMeta};
 use kube::{Api, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -203,6 +203,15 @@ pub async fn delete_if_exists<K: Object>(ctx: &Context, namespace: &str, name: &
 pub async fn get<K: Object>(ctx: &Context, namespace: &str, name: &str) -> Result<Option<K>> {
     let api = Api::<K>::namespaced(ctx.client.clone(), namespace);
     in_time::<K, _>("get", name, api.get_opt(name)).await
+}
+
+/// Lists what `selected` chooses, live; when it sets a limit, one page.
+///
+/// # Errors
+/// As the API server answers.
+pub async fn list<K: Object>(ctx: &Context, namespace: &str, selected: &ListParams) -> Result<ObjectList<K>> {
+    let api = Api::<K>::namespaced(ctx.client.clone(), namespace);
+    in_time::<K, _>("list", namespace, api.list(selected)).await
 }
 
 async fn in_time<K: Resource<DynamicType = ()>, T>(verb: &str, name: &str, call: impl Future<Output = kube::Result<T>>) -> Result<T> {

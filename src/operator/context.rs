@@ -1,6 +1,7 @@
 //! What all controllers share.
 
 use super::backoff::Backoff;
+use super::binding::Bindings;
 use super::error::{ErrorClass, OperatorError, Result};
 use super::events::Events;
 use super::health::Health;
@@ -34,6 +35,8 @@ pub struct Context {
     pub watches: Watches,
     /// Failures in a row, per object.
     pub backoff: Backoff,
+    /// What gives the operator its rights in the served namespaces.
+    pub bindings: Bindings,
 }
 
 impl Context {
@@ -49,6 +52,7 @@ impl Context {
             watches: Watches::new(client.clone(), metrics.clone(), health, options.scopes()),
             poller: PollerHandle::default(),
             backoff: Backoff::default(),
+            bindings: Bindings::default(),
             client,
             options,
             metrics,

@@ -5,6 +5,7 @@
 
 pub mod apply;
 pub mod backoff;
+pub mod binding;
 pub mod client;
 pub mod connection;
 pub mod context;

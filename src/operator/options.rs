@@ -22,6 +22,10 @@ pub struct Options {
     /// Namespaces to serve, separated by commas; all when empty.
     #[arg(long, env = "SLUICE_WATCH_NAMESPACES", value_delimiter = ',', num_args = 0..)]
     pub watch_namespaces: Vec<String>,
+    /// RoleBinding that gives the operator its rights in each of `--watch-namespaces`; it is kept while a Mirror there has something to
+    /// clean up. Empty: none is kept.
+    #[arg(long, env = "SLUICE_ROLE_BINDING", default_value = "")]
+    pub role_binding: String,
     /// Image of workers.
     #[arg(long, env = "SLUICE_WORKER_IMAGE", default_value = concat!("sluice:", env!("CARGO_PKG_VERSION")))]
     pub worker_image: String,

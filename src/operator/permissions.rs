@@ -54,6 +54,9 @@ fn needed(options: &Options) -> Vec<Right> {
             add(scope, "networking.k8s.io", "networkpolicies", None, &["get", "create", "patch", "delete"]);
         }
         add(scope, "events.k8s.io", "events", None, &["create", "patch"]);
+        if scope.is_some() && !options.role_binding.is_empty() {
+            add(scope, "rbac.authorization.k8s.io", "rolebindings", Some(&options.role_binding), &["get", "patch"]);
+        }
     }
     let own = Some(options.namespace.as_str());
     if options.leader_election {

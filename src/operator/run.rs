@@ -8,7 +8,7 @@ use super::leader::{Candidate, Times};
 use super::metrics::Metrics;
 use super::options::Options;
 use super::shutdown::{DRAIN, Shutdown};
-use super::{client, connection, databases, mirror, permissions, poller, signing};
+use super::{binding, client, connection, databases, mirror, permissions, poller, signing};
 use kube::{Client, Config};
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +67,7 @@ fn controllers(ctx: &Arc<Context>, shutdown: &Shutdown) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     connection::spawn(&mut tasks, ctx, shutdown, databases.clone());
     mirror::spawn(&mut tasks, ctx, shutdown, databases);
+    binding::spawn(&mut tasks, ctx, shutdown);
     tasks
 }
 

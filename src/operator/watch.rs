@@ -32,6 +32,8 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 const TIMEOUT: Duration = Duration::from_secs(290);
 /// What a watch may be silent beyond that.
 const GRACE: Duration = Duration::from_secs(60);
+/// Refusals after which one of several namespaces counts as empty. New rights take a moment to be known everywhere.
+const REFUSALS: u32 = 3;
 
 /// A namespaced kind that can be watched.
 pub trait Watchable:
@@ -125,11 +127,28 @@ impl Watches {
         let seconds = u32::try_from(self.timeout.as_secs()).unwrap_or(u32::MAX).max(1);
         let config = config.clone().any_semantic().timeout(seconds);
         let metrics = self.metrics.clone();
+        // Of several namespaces one may be gone, and our rights with it: the caches of the others do not wait for it.
+        let mut refusals = (self.scopes.len() > 1).then_some(0);
         watcher::watcher(api, config)
             .default_backoff()
-            .filter_map(move |event| std::future::ready(checked(event, &kind, &metrics, &watch)))
+            .flat_map(move |event| {
+                let empty = counts_as_empty(&mut refusals, &event).then(|| [Event::Init, Event::InitDone]);
+                let event = checked(event, &kind, &metrics, &watch);
+                futures::stream::iter(empty.into_iter().flatten().chain(event))
+            })
             .boxed()
     }
+}
+
+/// Whether a namespace that has not been listed yet is no longer waited for. What it holds is taken up when it can be listed.
+fn counts_as_empty<K>(refusals: &mut Option<u32>, event: &watcher::Result<Event<K>>) -> bool {
+    let Some(count) = refusals else { return false };
+    match event {
+        Err(watcher::Error::InitialListFailed(kube::Error::Api(status))) if status.code == 403 => *count += 1,
+        Ok(Event::InitDone) => *refusals = None,
+        _ => {}
+    }
+    refusals.take_if(|count| *count == REFUSALS).is_some()
 }
 
 /// Logs and counts what is wrong, passes on what is right. Holding `_watch` ties the demand for freshness to the life of the stream.

@@ -1,6 +1,7 @@
 //! A namespace of its own for each test, with both controllers at work in it.
 
 use crate::support::apiserver::ApiServer;
+use crate::support::operator::{options, options_with};
 use crate::support::{cache, eventually};
 use axum::Router;
 use axum::body::Bytes;
@@ -28,11 +29,10 @@ use sluice::operator::health::Health;
 use sluice::operator::metrics::Metrics;
 use sluice::operator::shutdown::Shutdown;
 use sluice::operator::signing::SigningKeys;
-use sluice::operator::{Context, Options, connection, mirror, poller};
+use sluice::operator::{Context, Options, binding, connection, mirror, poller};
 use sluice::resources::conditions::{self, kind};
 use sluice::resources::names::worker_labels;
 use sluice::resources::{Mirror, MirrorStatus, Source, Target, crds};
-use sluice::telemetry::LogFormat;
 use sluice::worker::contract::{Desired, MirrorId, Status};
 use sluice::worker::token::{self, SigningKey};
 use std::fmt::Debug;
@@ -92,6 +92,14 @@ struct Operator {
     tasks: JoinSet<()>,
 }
 
+/// What the chart gives to an operator.
+struct Chart {
+    /// Its service account at home.
+    account: String,
+    /// Its arguments.
+    arguments: Vec<String>,
+}
+
 /// A namespace, and an operator that serves it.
 pub struct Stage {
     server: Arc<ApiServer>,
@@ -101,8 +109,8 @@ pub struct Stage {
     pub home: String,
     pub databases: Arc<FakeDatabases>,
     keys: SigningKeys,
-    /// The operator's service account at home; the admin when there is none.
-    account: Option<String>,
+    /// What the chart makes for it; without, it is the admin.
+    chart: Option<Chart>,
     operator: Option<Operator>,
 }
 
@@ -122,7 +130,22 @@ impl Stage {
     /// The same with the operator under the service account and the rights that the chart gives it.
     pub async fn set_under_the_chart() -> Self {
         let mut stage = Self::prepare().await;
-        stage.account = Some(stage.apply_rights_of_the_chart().await);
+        let mut chart = stage.apply_rights_of_the_chart(&[]).await;
+        // Tests share a server: it leaves the others' namespaces alone.
+        chart.arguments.push(format!("--watch-namespaces={}", stage.namespace));
+        stage.chart = Some(chart);
+        stage.start_operator(|_| {}).await;
+        stage
+    }
+
+    /// The same with rights in the stage's namespace only, although it is to serve `others`, too.
+    pub async fn set_under_the_scoped_chart(others: &[&str]) -> Self {
+        let mut stage = Self::prepare().await;
+        let mut chart = stage.apply_rights_of_the_chart(&[&stage.namespace]).await;
+        for argument in chart.arguments.iter_mut().filter(|argument| argument.starts_with("--watch-namespaces=")) {
+            *argument = [argument.as_str()].iter().chain(others).copied().collect::<Vec<_>>().join(",");
+        }
+        stage.chart = Some(chart);
         stage.start_operator(|_| {}).await;
         stage
     }
@@ -133,7 +156,7 @@ impl Stage {
         let (namespace, home) = (server.namespace("mirror").await, server.namespace("operator").await);
         let client = server.client().await;
         let keys = SigningKeys::new(SigningKey::generate().expect("a key"), None);
-        let stage = Self { server, client, namespace, home, databases: Arc::default(), keys, account: None, operator: None };
+        let stage = Self { server, client, namespace, home, databases: Arc::default(), keys, chart: None, operator: None };
         for name in ["source-login", "target-login"] {
             stage
                 .create::<Secret>(json!({"metadata": {"name": name}, "stringData": {"username": "u", "password": format!("of {name}")}}))
@@ -145,11 +168,14 @@ impl Stage {
     /// Starts an operator, as a new process would.
     pub async fn start_operator(&mut self, change: impl FnOnce(&mut Options)) {
         assert!(self.operator.is_none(), "one at a time");
-        let mut options = options(&self.home, &self.namespace);
+        let mut options = match &self.chart {
+            Some(chart) => options_with(&self.home, chart.arguments.iter().map(String::as_str)),
+            None => options(&self.home, &self.namespace),
+        };
         change(&mut options);
         let metrics = Metrics::default();
-        let config = match &self.account {
-            Some(account) => self.server.config_as_service_account(&self.home, account).await,
+        let config = match &self.chart {
+            Some(chart) => self.server.config_as_service_account(&self.home, &chart.account).await,
             None => self.server.config().await,
         };
         let client = bounded_client(config, &metrics).expect("a client");
@@ -157,16 +183,18 @@ impl Stage {
         let (shutdown, mut tasks) = (Shutdown::new(), JoinSet::new());
         connection::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
         mirror::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
+        binding::spawn(&mut tasks, &ctx, &shutdown);
         tasks.spawn(poller::run(ctx.poller.clone(), ctx.workers.clone(), ctx.metrics.clone(), shutdown.clone()));
         self.operator = Some(Operator { metrics, shutdown, tasks });
     }
 
-    /// Makes what the chart makes of accounts and rights; returns the operator's account.
-    async fn apply_rights_of_the_chart(&self) -> String {
-        let mut account = None;
+    /// Makes what the chart makes of accounts and rights; in all namespaces when `scopes` is empty.
+    async fn apply_rights_of_the_chart(&self, scopes: &[&str]) -> Chart {
+        let (mut account, mut arguments) = (None, None);
         let chart = format!("{}/charts/sluice", env!("CARGO_MANIFEST_DIR"));
         let helm = std::process::Command::new(cache().join("bin/helm"))
             .args(["template", &self.home, &chart, "--namespace", &self.home, "--kube-version", "1.33.0", "--set", "crds.enabled=false"])
+            .args(["--set-json", &format!("watchNamespaces={}", json!(scopes))])
             .output()
             .expect("helm runs: `make deps` fetches it");
         assert!(helm.status.success(), "{}", String::from_utf8_lossy(&helm.stderr));
@@ -174,6 +202,10 @@ impl Stage {
             let object: Option<DynamicObject> = serde_yaml::from_str(document).expect("a manifest");
             let Some(object) = object else { continue };
             let types = object.types.clone().expect("a kind");
+            if types.kind == "Deployment" {
+                let list = object.data["spec"]["template"]["spec"]["containers"][0]["args"].as_array().expect("arguments").clone();
+                arguments = Some(list.iter().skip(1).map(|argument| argument.as_str().expect("text").to_owned()).collect());
+            }
             if !["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"].contains(&types.kind.as_str()) {
                 continue;
             }
@@ -187,7 +219,7 @@ impl Stage {
                 account = Some(object.name_any());
             }
         }
-        account.expect("the chart makes an account")
+        Chart { account: account.expect("the chart makes an account"), arguments: arguments.expect("the chart makes a Deployment") }
     }
 
     /// Requests to the API server with these labels.
@@ -431,29 +463,6 @@ async fn put_desired(State(state): Shared, headers: HeaderMap, body: Bytes) -> S
     state.pushed.push(desired.clone());
     state.desired = desired;
     StatusCode::NO_CONTENT
-}
-
-fn options(home: &str, namespace: &str) -> Options {
-    Options {
-        listen: ([127, 0, 0, 1], 0).into(),
-        namespace: home.into(),
-        pod_name: "operator".into(),
-        pod_uid: String::new(),
-        watch_namespaces: vec![namespace.into()],
-        worker_image: "sluice:1".into(),
-        worker_image_pull_policy: "Never".into(),
-        log_format: LogFormat::Text,
-        log_level: "info".into(),
-        leader_election: false,
-        lease_name: "sluice-operator".into(),
-        concurrency: 4,
-        protect_secrets: true,
-        worker_network_policies: true,
-        signing_key_secret: "sluice-signing-key".into(),
-        deletion_policy_name: "sluice-deletion-protection".into(),
-        release: "1.0.0".into(),
-        clean_up_minutes: 10,
-    }
 }
 
 fn connection(kind: &str, name: &str, side: &str, more: &Value) -> Value {

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test target uses its part of it
 
 pub mod apiserver;
+pub mod operator;
 
 use std::io::Write as _;
 use std::net::TcpListener;

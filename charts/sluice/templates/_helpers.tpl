@@ -47,7 +47,12 @@ app.kubernetes.io/part-of: sluice
 {{- end -}}
 {{- end -}}
 
-{{- /* Rights in the namespaces that are served: a ClusterRole's rules, or those of one Role per namespace. */ -}}
+{{- /* With watchNamespaces: the RoleBinding in each, and the ClusterRole that it binds. */ -}}
+{{- define "sluice.roleBinding" -}}
+{{- include "sluice.fullname" . }}-operator-namespaced
+{{- end -}}
+
+{{- /* Rights in the namespaces that are served, bound in the whole cluster or in each of them. */ -}}
 {{- define "sluice.workloadRules" -}}
 # Read the resources that say what is wanted; patch sets and removes our finalizers on them.
 - apiGroups: [sluice.dev]

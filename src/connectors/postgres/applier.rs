@@ -1,88 +1,98 @@
-//! The one writer of a stream: it owns the connection that has claimed it.
+//! The one writer of a stream: it owns the connections that have claimed it.
 //!
 //! Invariants:
-//! * a transaction of changes ends with the move of the checkpoint, which fails when the claim is lost;
+//! * a transaction of changes ends with the move of the checkpoint, which fails when the claim is lost; parts that are
+//!   written side by side have no row in common (`footprint`) and are committed in the order of the log (`lane`);
 //! * after a failure in the middle of a part nothing more is written: the next claim begins anew;
-//! * changes are committed without waiting for the disk; a position counts as durable when the target's flush position
-//!   has passed the insert position that was read after the commit. All other transactions wait for the disk.
+//! * changes are committed without waiting for the disk (`durability`). All other transactions wait for the disk.
 
+mod durability;
 mod encode;
 mod execute;
+mod footprint;
+mod lane;
 
-use super::checkpoint::{self, Claim};
+use super::checkpoint::Claim;
 use super::connect::Session;
 use super::ddl;
 use super::lsn::Lsn;
 use super::statements::TableWriter;
 use super::target::{failed, within};
 use crate::engine::batch::{Batch, Part};
-use crate::engine::coalesce::{self, TableRule};
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::flow::lost_task;
 use crate::engine::roles::{Applied, Apply, ApplyMode};
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
-use execute::{Executor, Statements};
+use durability::Durability;
+use footprint::Footprint;
+use lane::{Job, Lane, Outcome, Turn};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tokio_postgres::Statement;
+use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio_postgres::types::PgLsn;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Bound for each call but the writing of changes, which takes as long as it takes.
 const CONTROL_LIMIT: Duration = Duration::from_secs(90);
-/// Committed positions that may wait to become durable; with more of them the newest share one place.
-const WAITING: usize = 1024;
-/// How often the flush position is asked for.
-const FLUSH_LOOK: Duration = Duration::from_millis(10);
 
 /// Applies changes to PostgreSQL.
 pub struct PostgresApplier {
-    session: Session,
+    /// All sessions; the first one also writes what is no change.
+    sessions: Vec<Arc<Session>>,
     claim: Claim,
     mode: ApplyMode,
-    /// The checkpoint as committed; `None` before the first.
+    /// The checkpoint when all accepted parts are committed; `None` before the first.
     position: Option<Lsn>,
-    writers: HashMap<u32, TableWriter>,
-    statements: Statements,
-    move_position: Statement,
-    log_positions: Statement,
+    writers: Arc<HashMap<u32, TableWriter>>,
     durability: Durability,
-    /// A transaction of changes is open.
-    in_transaction: bool,
-    /// Rows that the open transaction writes, this part's included.
-    uncommitted_rows: i64,
+    /// Lanes that write nothing now. One of them may have a transaction open.
+    idle: Vec<Lane>,
+    /// Parts that are being written, in the order of the log.
+    flight: VecDeque<Flight>,
+    /// Outcomes that nobody has asked for yet; they come before those of `flight`.
+    finished: VecDeque<Applied>,
     /// The last part left its transaction open.
     part_is_open: bool,
-    /// A part has failed or was cancelled: what the target holds of it is not known.
+    /// A part has failed: what the target holds of it is not known.
     broken: bool,
-    /// Outcomes of the parts in flight.
-    outcomes: VecDeque<Applied>,
+}
+
+/// A part that is being written.
+struct Flight {
+    task: AbortOnDropHandle<(Lane, Result<Outcome>)>,
+    footprint: Footprint,
+    pid: i32,
+    /// Fires when the part is committed; the next part takes it.
+    done: Option<oneshot::Receiver<()>>,
 }
 
 impl PostgresApplier {
-    /// A writer whose claim was just made on this session; `position` is the checkpoint that was read then.
-    pub(super) async fn new(session: Session, claim: Claim, mode: ApplyMode, position: Option<Lsn>) -> Result<Self> {
-        let move_position = checkpoint::prepare_move(&session).await?;
-        let log_positions = session
-            .prepare("SELECT pg_current_wal_insert_lsn(), pg_current_wal_flush_lsn()")
-            .await
-            .map_err(failed("prepare to read the target's log position"))?;
+    /// A writer whose claim was just made on these sessions (with their backends' pids), at least one; `position` is the
+    /// checkpoint that was read then.
+    pub(super) async fn new(sessions: Vec<(Session, i32)>, claim: Claim, mode: ApplyMode, position: Option<Lsn>) -> Result<Self> {
+        let mut idle = Vec::with_capacity(sessions.len());
+        for (session, pid) in sessions {
+            idle.push(Lane::new(session, pid).await?);
+        }
         Ok(Self {
-            session,
+            sessions: idle.iter().map(|lane| Arc::clone(&lane.session)).collect(),
             claim,
             mode,
             position,
-            writers: HashMap::new(),
-            statements: Statements::default(),
-            move_position,
-            log_positions,
+            writers: Arc::default(),
             // The claim was flushed to disk, and with it all that was committed before.
             durability: Durability::new(position),
-            in_transaction: false,
-            uncommitted_rows: 0,
+            idle,
+            flight: VecDeque::new(),
+            finished: VecDeque::new(),
             part_is_open: false,
             broken: false,
-            outcomes: VecDeque::new(),
         })
+    }
+
+    fn session(&self) -> &Session {
+        &self.sessions[0]
     }
 
     fn usable(&self) -> Result<()> {
@@ -95,34 +105,34 @@ impl PostgresApplier {
     /// Begins a transaction that is on disk when it is committed.
     async fn begin(&self) -> Result<()> {
         self.usable()?;
-        if self.in_transaction {
+        if !self.flight.is_empty() || self.part_is_open {
             return Err(Error::bug("the checkpoint was written in the middle of a transaction"));
         }
         let sql = format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; {}", ddl::LOCK_TIMEOUT);
-        self.session.batch_execute(&sql).await.map_err(failed("begin a transaction"))
+        self.session().batch_execute(&sql).await.map_err(failed("begin a transaction"))
     }
 
     /// Proves the claim and commits, or rolls back.
     async fn end<T>(&self, result: Result<T>) -> Result<T> {
         let result = match result {
-            Ok(value) => self.claim.check(&self.session).await.map(|()| value),
+            Ok(value) => self.claim.check(self.session()).await.map(|()| value),
             Err(error) => Err(error),
         };
         match result {
             Ok(value) => {
-                self.session.batch_execute("COMMIT").await.map_err(failed("commit"))?;
+                self.session().batch_execute("COMMIT").await.map_err(failed("commit"))?;
                 Ok(value)
             }
             Err(error) => {
                 // The error is what matters; a lost connection has rolled back by itself.
-                let _ = self.session.batch_execute("ROLLBACK").await;
+                let _ = self.session().batch_execute("ROLLBACK").await;
                 Err(error)
             }
         }
     }
 
     async fn begin_copy_inside(&self, table: &MappedTable, truncate: bool) -> Result<i64> {
-        let session = &self.session;
+        let session = self.session();
         ddl::create_missing(session, table).await?;
         let known = self.claim.known_table(session, table).await?;
         if ddl::has_rows(session, &table.target).await? {
@@ -140,65 +150,106 @@ impl PostgresApplier {
         self.claim.begin_table(session, table).await
     }
 
-    async fn apply_part(
+    /// Begins to write a part as soon as it may.
+    async fn accept(
         &mut self,
-        part: &Part<Lsn>,
+        part: Arc<Part<Lsn>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
-    ) -> Result<Applied> {
-        if part.continues != self.part_is_open || (part.open && !joined.is_empty()) {
+    ) -> Result<()> {
+        let busy = !self.flight.is_empty() || !self.finished.is_empty();
+        if part.continues != self.part_is_open || (!joined.is_empty() && (part.open || busy)) {
             return Err(Error::bug("a part does not continue where the one before has ended"));
         }
-        self.check_versions(&part.batch, due)?;
-        let writers: Vec<Option<&TableWriter>> = part.batch.tables().iter().map(|version| self.writers.get(&version.id)).collect();
-        let plan = coalesce::plan(&part.batch, &rules(&writers), |change, index| due(part.batch.table(change).id, index))?;
-        self.uncommitted_rows += plan.rows();
-        let checkpoint = if part.open { None } else { Some(self.checkpoint_move(*part.end())?) };
-        if plan.steps.is_empty() && !self.in_transaction {
-            let still = checkpoint.as_ref().is_none_or(|checkpoint| checkpoint.to <= checkpoint.from);
-            if still && joined.is_empty() {
-                self.part_is_open = part.open;
-                return Ok(applied_by(Applied::default(), part));
+        let batch = &part.batch;
+        let due: Vec<bool> = batch.changes().iter().enumerate().map(|(index, change)| due(batch.table(change).id, index)).collect();
+        self.check_versions(batch, &due)?;
+        let footprint = self.footprint(&part, &due, joined);
+        let lane = loop {
+            let apart = self.flight.iter().all(|other| other.footprint.is_apart_from(&footprint));
+            if apart && let Some(lane) = self.take_lane() {
+                break lane;
             }
-        } else if checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.to < checkpoint.from) {
-            return Err(Error::bug("changes came from before the checkpoint"));
-        }
-
-        let mut executor = Executor::new(&self.session, &mut self.statements, &part.batch, &writers);
-        if !self.in_transaction {
-            executor.command(begin_changes(self.mode)).await?;
-            self.in_transaction = true;
-        }
-        executor.run(&plan).await?;
-        if let Some(checkpoint) = &checkpoint {
-            if !joined.is_empty() {
-                executor.drain().await?;
-                self.claim.join(&self.session, joined).await?;
-            }
-            executor.move_checkpoint(&self.move_position, &self.claim, checkpoint).await?;
-        }
-        executor.drain().await?;
-        let (applied, moved) = (executor.applied, executor.moved);
-        drop(executor);
+            self.finish_oldest().await?;
+        };
+        let earlier = self.flight.iter().map(|flight| flight.pid).collect();
+        let turn = match self.flight.back_mut().and_then(|last| last.done.take()) {
+            Some(before) => Turn::after(before, earlier),
+            None => Turn::now(),
+        };
+        let (done, done_receiver) = oneshot::channel();
+        let from = self.position;
         self.part_is_open = part.open;
-        if let Some(checkpoint) = checkpoint {
-            if !moved {
-                return Err(self.claim.lost(&self.session, "the checkpoint").await);
-            }
-            self.commit_changes(checkpoint.to.max(checkpoint.from)).await?;
+        if !part.open {
+            self.position = from.map(|from| from.max(*part.end()));
         }
-        Ok(applied_by(applied, part))
+        let job = Job {
+            part,
+            due,
+            writers: Arc::clone(&self.writers),
+            mode: self.mode,
+            claim: self.claim.clone(),
+            joined: joined.to_vec(),
+            from,
+            turn,
+            done,
+        };
+        let pid = lane.pid;
+        let task = AbortOnDropHandle::new(tokio::spawn(lane.run(job)));
+        self.flight.push_back(Flight { task, footprint, pid, done: Some(done_receiver) });
+        Ok(())
     }
 
-    /// Where the checkpoint goes from here.
-    fn checkpoint_move(&self, to: Lsn) -> Result<CheckpointMove> {
-        let from = self.position;
-        let from = from.ok_or_else(|| Error::bug("the checkpoint was moved before its first position was written"))?;
-        Ok(CheckpointMove { from, to, rows: self.uncommitted_rows })
+    fn footprint(&self, part: &Part<Lsn>, due: &[bool], joined: &[QualifiedName]) -> Footprint {
+        let whole = !part.open && !part.continues && joined.is_empty();
+        if self.sessions.len() > 1 && whole && self.mode == ApplyMode::Replica {
+            Footprint::of(&part.batch, &self.writers, due)
+        } else {
+            Footprint::Alone
+        }
+    }
+
+    /// A lane that writes nothing: the one with the open transaction, if there is one.
+    fn take_lane(&mut self) -> Option<Lane> {
+        let open = self.idle.iter().position(|lane| lane.in_transaction);
+        match open {
+            Some(place) => Some(self.idle.swap_remove(place)),
+            None => self.idle.pop(),
+        }
+    }
+
+    /// Waits for the oldest part that is being written. Safe to cancel.
+    async fn finish_oldest(&mut self) -> Result<()> {
+        let Some(oldest) = self.flight.front_mut() else {
+            return Err(Error::bug("there is no connection to write on"));
+        };
+        let ended = (&mut oldest.task).await;
+        self.flight.pop_front();
+        let outcome = match ended {
+            Ok((lane, outcome)) => {
+                self.idle.push(lane);
+                outcome
+            }
+            Err(error) => Err(lost_task(&error)),
+        };
+        match outcome {
+            Ok(Outcome { applied, committed }) => {
+                if let Some(committed) = committed {
+                    self.durability.committed(committed.position, committed.inserted);
+                    self.durability.flushed(committed.flushed);
+                }
+                self.finished.push_back(applied);
+                Ok(())
+            }
+            Err(error) => {
+                self.broken = true;
+                Err(error)
+            }
+        }
     }
 
     /// Rows come under the versions that were prepared. Under another one they can be skipped, not written.
-    fn check_versions(&self, batch: &Batch, due: &(dyn Fn(u32, usize) -> bool + Send + Sync)) -> Result<()> {
+    fn check_versions(&self, batch: &Batch, due: &[bool]) -> Result<()> {
         for (version, number) in batch.tables().iter().zip(0u32..) {
             let Some(writer) = self.writers.get(&version.id) else { continue };
             let difference = match &version.differs {
@@ -206,31 +257,11 @@ impl PostgresApplier {
                 None if writer.version.columns == version.columns => continue,
                 None => "its columns are not those that were prepared",
             };
-            if batch.changes().iter().enumerate().any(|(index, change)| change.table == number && due(version.id, index)) {
+            if batch.changes().iter().zip(due).any(|(change, due)| *due && change.table == number) {
                 return Err(Error::stop(reason::SCHEMA_CHANGED, format!("table {}: {difference}", version.name)));
             }
         }
         Ok(())
-    }
-
-    /// Commits and reads the log's positions in one round trip.
-    async fn commit_changes(&mut self, position: Lsn) -> Result<()> {
-        let commit = self.session.batch_execute("COMMIT");
-        let look = self.session.query_one(&self.log_positions, &[]);
-        let (committed, looked) = futures::future::join(commit, look).await;
-        committed.map_err(failed("commit changes"))?;
-        self.in_transaction = false;
-        self.uncommitted_rows = 0;
-        self.position = Some(position);
-        let row = looked.map_err(failed("read the target's log position"))?;
-        self.durability.committed(position, Lsn(row.get::<_, PgLsn>(0).into()));
-        self.durability.flushed(Lsn(row.get::<_, PgLsn>(1).into()));
-        Ok(())
-    }
-
-    async fn roll_back(&mut self) {
-        // Best effort: a lost connection has rolled back by itself, and this writer is not used again.
-        let _ = tokio::time::timeout(Duration::from_secs(5), self.session.batch_execute("ROLLBACK")).await;
     }
 }
 
@@ -240,7 +271,7 @@ impl Apply for PostgresApplier {
     async fn intend_log(&mut self) -> Result<()> {
         within(CONTROL_LIMIT, "note the slot to come", async {
             self.begin().await?;
-            let written = self.claim.intend_log(&self.session).await;
+            let written = self.claim.intend_log(self.session()).await;
             self.end(written).await
         })
         .await
@@ -249,7 +280,7 @@ impl Apply for PostgresApplier {
     async fn initialize(&mut self, position: &Lsn, timeline: i64) -> Result<()> {
         within(CONTROL_LIMIT, "write the first checkpoint", async {
             self.begin().await?;
-            let written = self.claim.initialize(&self.session, *position, timeline).await;
+            let written = self.claim.initialize(self.session(), *position, timeline).await;
             self.end(written).await
         })
         .await?;
@@ -261,7 +292,7 @@ impl Apply for PostgresApplier {
     async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
         within(CONTROL_LIMIT, "write the timeline", async {
             self.begin().await?;
-            let written = self.claim.set_timeline(&self.session, timeline).await;
+            let written = self.claim.set_timeline(self.session(), timeline).await;
             self.end(written).await
         })
         .await
@@ -279,7 +310,7 @@ impl Apply for PostgresApplier {
     async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
         within(CONTROL_LIMIT, "write a table's state", async {
             self.begin().await?;
-            let written = self.claim.set_state(&self.session, table, state, position.copied()).await;
+            let written = self.claim.set_state(self.session(), table, state, position.copied()).await;
             self.end(written).await
         })
         .await
@@ -288,7 +319,7 @@ impl Apply for PostgresApplier {
     async fn forget(&mut self, tables: &[QualifiedName]) -> Result<()> {
         within(CONTROL_LIMIT, "forget tables", async {
             self.begin().await?;
-            let written = self.claim.forget(&self.session, tables).await;
+            let written = self.claim.forget(self.session(), tables).await;
             self.end(written).await
         })
         .await
@@ -296,22 +327,23 @@ impl Apply for PostgresApplier {
 
     async fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> Result<Vec<i32>> {
         self.usable()?;
-        let read = self.claim.done_ranges(&self.session, table.source(), generation);
+        let read = self.claim.done_ranges(self.session(), table.source(), generation);
         within(CONTROL_LIMIT, "read the copied ranges", read).await
     }
 
     async fn prepare(&mut self, tables: &[MappedTable]) -> Result<()> {
         self.usable()?;
-        self.statements.clear();
-        self.writers.clear();
+        let mut writers = HashMap::new();
         for table in tables {
-            let present = within(CONTROL_LIMIT, "read the target table", ddl::describe(&self.session, &table.target)).await?;
+            let present = within(CONTROL_LIMIT, "read the target table", ddl::describe(self.session(), &table.target)).await?;
             let Some(present) = present else {
                 return Err(Error::stop(reason::TARGET_TABLE_INCOMPATIBLE, format!("target table {} is gone", table.target)));
             };
             ddl::check_compatible(table, &present)?;
-            self.writers.insert(table.version.id, TableWriter::new(table, &present, self.mode)?);
+            writers.insert(table.version.id, TableWriter::new(table, &present, self.mode)?);
         }
+        self.idle.iter_mut().for_each(|lane| lane.statements.clear());
+        self.writers = Arc::new(writers);
         Ok(())
     }
 
@@ -322,27 +354,19 @@ impl Apply for PostgresApplier {
         joined: &[QualifiedName],
     ) -> Result<()> {
         self.usable()?;
-        // Also when the caller drops this future in the middle.
-        self.broken = true;
-        match self.apply_part(&part, due, joined).await {
-            Ok(applied) => {
-                self.broken = false;
-                self.outcomes.push_back(applied);
-                Ok(())
-            }
-            Err(error) => {
-                self.roll_back().await;
-                Err(error)
-            }
-        }
+        self.accept(part, due, joined).await.inspect_err(|_| self.broken = true)
     }
 
     fn has_room(&self) -> bool {
-        self.outcomes.is_empty()
+        !self.idle.is_empty()
     }
 
     async fn applied(&mut self) -> Result<Option<Applied>> {
-        Ok(self.outcomes.pop_front())
+        self.usable()?;
+        if self.finished.is_empty() && !self.flight.is_empty() {
+            self.finish_oldest().await?;
+        }
+        Ok(self.finished.pop_front())
     }
 
     async fn advance(&mut self, position: &Lsn, joined: &[QualifiedName]) -> Result<()> {
@@ -355,8 +379,11 @@ impl Apply for PostgresApplier {
 
     async fn durable(&mut self) -> Result<Option<Lsn>> {
         self.usable()?;
-        if self.durability.wants_look() {
-            let look = async { self.session.query_one(&self.log_positions, &[]).await.map_err(failed("read the target's log position")) };
+        // While all lanes write, the next commit brings the answer with it.
+        if self.durability.wants_look()
+            && let Some(lane) = self.idle.first()
+        {
+            let look = async { lane.session.query_one(&lane.log_positions, &[]).await.map_err(failed("read the target's log position")) };
             let row = within(CONTROL_LIMIT, "read the target's log position", look).await?;
             self.durability.flushed(Lsn(row.get::<_, PgLsn>(1).into()));
         }
@@ -364,108 +391,16 @@ impl Apply for PostgresApplier {
     }
 
     async fn abort(self) {
-        if self.broken {
-            // A statement may still run on the server, which would notice the closed socket only at its end.
-            let _ = self.session.cancel().await;
+        let Self { sessions, flight, .. } = self;
+        if !flight.is_empty() {
+            drop(flight);
+            // Statements may still run on the server, which would notice the closed socket only at their end.
+            futures::future::join_all(sessions.iter().map(|session| session.cancel())).await;
         }
-        let _ = self.session.batch_execute("ROLLBACK").await;
+        futures::future::join_all(sessions.iter().map(|session| session.batch_execute("ROLLBACK"))).await;
     }
 
     fn mode(&self) -> ApplyMode {
         self.mode
-    }
-}
-
-/// From where to where a checkpoint moves; not back, and not at all when `to` lies before.
-pub(super) struct CheckpointMove {
-    pub from: Lsn,
-    pub to: Lsn,
-    /// Rows that the transaction writes.
-    pub rows: i64,
-}
-
-fn applied_by(applied: Applied, part: &Part<Lsn>) -> Applied {
-    Applied { committed: !part.open, ..applied }
-}
-
-/// Opens a transaction of changes. Without replica role constraints that can wait for the end do: the source may have
-/// checked them there.
-fn begin_changes(mode: ApplyMode) -> &'static str {
-    match mode {
-        ApplyMode::Replica => "BEGIN ISOLATION LEVEL READ COMMITTED",
-        ApplyMode::Ordered => "BEGIN ISOLATION LEVEL READ COMMITTED; SET CONSTRAINTS ALL DEFERRED",
-    }
-}
-
-/// A table that is not prepared has no due changes; should there be one, running it fails.
-fn rules<'a>(writers: &[Option<&'a TableWriter>]) -> Vec<TableRule<'a>> {
-    let rule = |writer: &Option<&'a TableWriter>| TableRule {
-        key: writer.map_or(&[][..], |writer| &writer.key),
-        order: writer.map_or(coalesce::Order::Table, |writer| writer.order),
-    };
-    writers.iter().map(rule).collect()
-}
-
-/// Which committed positions are on disk.
-struct Durability {
-    durable: Option<Lsn>,
-    /// Checkpoints with the end of the log right after their commit, ascending.
-    waiting: VecDeque<(Lsn, Lsn)>,
-    looked: Instant,
-}
-
-impl Durability {
-    fn new(durable: Option<Lsn>) -> Self {
-        Self { durable, waiting: VecDeque::new(), looked: Instant::now() }
-    }
-
-    fn committed(&mut self, position: Lsn, insert: Lsn) {
-        let entry = (position, ddl::record_end(insert));
-        if self.waiting.len() >= WAITING {
-            self.waiting.pop_back();
-        }
-        self.waiting.push_back(entry);
-    }
-
-    fn flushed(&mut self, flush: Lsn) {
-        self.looked = Instant::now();
-        while let Some((position, _)) = self.waiting.pop_front_if(|(_, end)| *end <= flush) {
-            self.durable = Some(position);
-        }
-    }
-
-    fn wants_look(&self) -> bool {
-        !self.waiting.is_empty() && self.looked.elapsed() >= FLUSH_LOOK
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_position_is_durable_when_the_flush_has_passed_its_commit() {
-        let mut durability = Durability::new(Some(Lsn(1)));
-        durability.committed(Lsn(10), Lsn(1000));
-        durability.committed(Lsn(20), Lsn(2000));
-        durability.flushed(Lsn(999));
-        assert_eq!(durability.durable, Some(Lsn(1)));
-        durability.flushed(Lsn(1000));
-        assert_eq!(durability.durable, Some(Lsn(10)));
-        durability.flushed(Lsn(5000));
-        assert_eq!((durability.durable, durability.wants_look()), (Some(Lsn(20)), false));
-    }
-
-    #[test]
-    fn waiting_positions_are_bounded_and_the_oldest_still_become_durable() {
-        let mut durability = Durability::new(None);
-        for number in 0..5000 {
-            durability.committed(Lsn(number), Lsn(number));
-        }
-        assert_eq!(durability.waiting.len(), WAITING);
-        durability.flushed(Lsn(100));
-        assert_eq!(durability.durable, Some(Lsn(100)));
-        durability.flushed(Lsn(4999));
-        assert_eq!(durability.durable, Some(Lsn(4999)));
     }
 }

@@ -42,7 +42,12 @@ pub(super) async fn load(
         .await
         .map_err(failed("begin a range"))?;
     let loaded = copy(session, table, format, rows, mode).await?;
-    claim.range_done(session, table.source(), generation, range.number, loaded as i64).await?;
+    let done = claim.range_done(session, table.source(), generation, range.number, loaded as i64).await;
+    done.map_err(|error| match error.reason {
+        // An earlier try whose connection was lost has come through after all; this one leaves nothing behind.
+        reason::ROW_CONFLICT => Error::retry(reason::WRITE_REFUSED, error.message),
+        _ => error,
+    })?;
     claim.check(session).await?;
     session.batch_execute("COMMIT").await.map_err(failed("commit a range"))?;
     Ok(loaded)

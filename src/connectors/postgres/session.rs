@@ -20,6 +20,11 @@ const FIXED: [(&str, &str); 11] = [
     ("idle_in_transaction_session_timeout", "0"),
 ];
 
+/// Lifts limits of role or database that would end a long copy, the wait for a slot, or a session that waits for either.
+/// Not every version has them, and a startup parameter that the server does not know is an error.
+pub const UNLIMITED: &str = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
+    WHERE name IN ('transaction_timeout', 'idle_session_timeout')";
+
 /// Shown in `pg_stat_activity` when neither user nor caller says otherwise.
 const APPLICATION_NAME: &str = "sluice";
 

@@ -12,6 +12,7 @@ use super::endpoint::Endpoint;
 use super::errors::ServerError;
 use super::lsn::Lsn;
 use super::replication::BulkSession;
+use super::session::UNLIMITED;
 use super::source::{ANSWER_LIMIT, answer};
 use super::sql::{qualified, quote_ident, quote_literal};
 use super::{catalog::facts, errors};
@@ -27,10 +28,6 @@ use tokio_postgres::error::SqlState;
 
 /// How long a user's exclusive lock on a table is waited for.
 const LOCK_LIMIT: Duration = Duration::from_secs(600);
-/// A limit of role or database would end a long copy, or the wait for a slot. It came with PostgreSQL 17, and a startup parameter
-/// that the server does not know is an error.
-pub(super) const UNLIMITED_TRANSACTIONS: &str =
-    "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 /// The last range has no upper bound: see [`split`].
 const END: u64 = u64::MAX;
 
@@ -56,7 +53,7 @@ impl PostgresSnapshot {
     pub async fn import(endpoint: &Endpoint, application_name: &str, position: Lsn, exported: &str) -> Result<Self> {
         let readers = Readers { endpoint: endpoint.clone(), application_name: application_name.to_owned(), idle: Mutex::new(Vec::new()) };
         let holder = connect(endpoint, Side::Source, application_name).await?;
-        answer(Side::Source, "lift the limit of transactions", holder.query(UNLIMITED_TRANSACTIONS, &[])).await?;
+        answer(Side::Source, "lift the limits of role and database", holder.query(UNLIMITED, &[])).await?;
         let begin = begin(exported);
         answer(Side::Source, "import the slot's snapshot", holder.batch_execute(&begin)).await?;
         let name = answer(Side::Source, "export the snapshot", holder.query_one("SELECT pg_export_snapshot()", &[])).await?.get(0);
@@ -127,7 +124,7 @@ impl Readers {
 
     async fn connect(&self) -> Result<BulkSession> {
         let mut session = BulkSession::connect(&self.endpoint, &self.application_name).await?;
-        self.command(&mut session, UNLIMITED_TRANSACTIONS).await?;
+        self.command(&mut session, UNLIMITED).await?;
         Ok(session)
     }
 

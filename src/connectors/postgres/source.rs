@@ -8,8 +8,9 @@ use super::log::PostgresLog;
 use super::lsn::Lsn;
 use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
+use super::session::UNLIMITED;
 use super::slot::NewSlot;
-use super::snapshot::{PostgresSnapshot, UNLIMITED_TRANSACTIONS};
+use super::snapshot::PostgresSnapshot;
 use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
@@ -89,7 +90,7 @@ impl PostgresSource {
     /// Makes a slot and takes its snapshot over, so that the replication session is free.
     async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
         let mut client = self.replication().await?;
-        client.simple_query(UNLIMITED_TRANSACTIONS).await?;
+        client.simple_query(UNLIMITED).await?;
         let observer = self.session().await?;
         let new = NewSlot { name, temporary, limit: self.creation_limit };
         let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;

@@ -11,6 +11,7 @@ use super::errors::classify;
 use super::load;
 use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
+use super::session::UNLIMITED;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
 use crate::engine::table::{Column, MappedTable};
@@ -36,17 +37,38 @@ const SYNCHRONOUS_COMMIT: &str = "synchronous_commit";
 pub struct PostgresTarget {
     endpoint: Endpoint,
     owner: Owner,
+    apply_connections: usize,
 }
 
 impl PostgresTarget {
     /// The database behind `endpoint`, written for `owner`.
     #[must_use]
     pub fn new(endpoint: Endpoint, owner: Owner) -> Self {
-        Self { endpoint, owner }
+        Self { endpoint, owner, apply_connections: 1 }
+    }
+
+    /// The same with another number of connections that changes are applied on; 1 otherwise. More than one are used only
+    /// with replica role: without it changes are written row by row in commit order.
+    #[must_use]
+    pub fn with_apply_connections(mut self, connections: usize) -> Self {
+        self.apply_connections = connections.max(1);
+        self
+    }
+
+    /// A session for changes with its backend's pid, and how it writes.
+    async fn writer_session(&self) -> Result<(Session, i32, ApplyMode)> {
+        let session = self.session("sluice apply").await?;
+        session.batch_execute(&writer_settings(&self.endpoint)).await.map_err(failed("set up the session"))?;
+        let mode = choose_mode(&session).await?;
+        let pid = session.query_one("SELECT pg_backend_pid()", &[]).await.map_err(failed("set up the session"))?.get(0);
+        Ok((session, pid, mode))
     }
 
     async fn session(&self, application_name: &str) -> Result<Session> {
-        connect(&self.endpoint, Side::Target, application_name).await
+        let session = connect(&self.endpoint, Side::Target, application_name).await?;
+        within(CHECK_LIMIT, "set up the session", async { session.query(UNLIMITED, &[]).await.map_err(failed("set up the session")) })
+            .await?;
+        Ok(session)
     }
 }
 
@@ -65,14 +87,18 @@ impl Target for PostgresTarget {
     }
 
     async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, PostgresApplier)> {
-        let session = self.session("sluice apply").await?;
         within(CLAIM_LIMIT, "claim the stream", async {
-            check_writable(&session).await?;
-            session.batch_execute(&writer_settings(&self.endpoint)).await.map_err(failed("set up the session"))?;
-            let mode = choose_mode(&session).await?;
-            let claimed = claim::claim(&session, key, owner, held).await?;
+            let (first, pid, mode) = self.writer_session().await?;
+            check_writable(&first).await?;
+            let mut sessions = vec![(first, pid)];
+            while sessions.len() < self.apply_connections && mode == ApplyMode::Replica {
+                let (next, pid, _) = self.writer_session().await?;
+                sessions.push((next, pid));
+            }
+            let pids: Vec<i32> = sessions.iter().map(|(_, pid)| *pid).collect();
+            let claimed = claim::claim(&sessions[0].0, &pids, key, owner, held).await?;
             let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
-            let applier = PostgresApplier::new(session, claimed.claim.clone(), mode, position).await?;
+            let applier = PostgresApplier::new(sessions, claimed.claim.clone(), mode, position).await?;
             Ok((claimed, applier))
         })
         .await

@@ -4,17 +4,16 @@
 //! refers to is free. The object's own finalizer goes last: a release that was interrupted is begun again.
 
 use super::Kind;
-use crate::operator::apply::{self, DEADLINE, Object};
+use crate::operator::apply::{self, Object};
 use crate::operator::context::Context;
-use crate::operator::error::{OperatorError, Result};
+use crate::operator::error::Result;
 use crate::resources::names::{IN_USE_FINALIZER, has_finalizer};
 use crate::resources::{Connection, Mirror, Source, Target};
 use k8s_openapi::api::core::v1::Secret;
+use kube::ResourceExt as _;
 use kube::api::ListParams;
 use kube::core::PartialObjectMeta;
-use kube::{Api, ResourceExt as _};
 use std::collections::BTreeSet;
-use tokio::time::timeout;
 
 /// Mirrors that are named in messages; one more is asked for, to know that there are more.
 const NAMED: usize = 10;
@@ -51,6 +50,7 @@ impl Releases {
             let _turn = self.turn.lock().await;
             self.release_secrets(ctx, object, &(&secrets | &before)).await?;
             apply::remove_finalizer(ctx, object, IN_USE_FINALIZER).await?;
+            ctx.bindings.freed();
             return Ok(Use::default());
         }
         let replaced = &before - &secrets;
@@ -83,7 +83,7 @@ impl Releases {
 async fn users<K: Kind>(ctx: &Context, object: &K) -> Result<Vec<String>> {
     let limit = u32::try_from(NAMED + 1).unwrap_or(u32::MAX);
     let selected = ListParams::default().fields(&format!("{}={}", K::REFERENCE, object.name_any())).limit(limit);
-    let found = list::<PartialObjectMeta<Mirror>>(ctx, object.namespace(), &selected, "Mirrors").await?;
+    let found = apply::list::<PartialObjectMeta<Mirror>>(ctx, &object.namespace().unwrap_or_default(), &selected).await?;
     let mut names: Vec<_> = found.iter().map(kube::ResourceExt::name_any).collect();
     names.sort();
     if names.len() > NAMED {
@@ -95,15 +95,7 @@ async fn users<K: Kind>(ctx: &Context, object: &K) -> Result<Vec<String>> {
 
 /// Secrets that objects of kind `K` in use name, other than the object with the uid `own`.
 async fn needed_secrets<K: Object + Connection>(ctx: &Context, namespace: &str, own: Option<&str>) -> Result<BTreeSet<String>> {
-    let all = list::<K>(ctx, Some(namespace.to_owned()), &ListParams::default(), &K::kind(&())).await?;
+    let all = apply::list::<K>(ctx, namespace, &ListParams::default()).await?;
     let in_use = all.iter().filter(|other| other.meta().uid.as_deref() != own && has_finalizer(other.meta(), IN_USE_FINALIZER));
     Ok(in_use.flat_map(|other| other.connection().secret_names()).map(str::to_owned).collect())
-}
-
-async fn list<K: Object>(ctx: &Context, namespace: Option<String>, selected: &ListParams, what: &str) -> Result<Vec<K>> {
-    let api = Api::<K>::namespaced(ctx.client.clone(), &namespace.unwrap_or_default());
-    match timeout(DEADLINE, api.list(selected)).await {
-        Ok(found) => Ok(found?.items),
-        Err(_) => Err(OperatorError::deadline(format!("list {what}"))),
-    }
 }

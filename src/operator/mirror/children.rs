@@ -14,7 +14,7 @@ use crate::operator::databases;
 use crate::operator::error::{ErrorClass, OperatorError, Result};
 use crate::operator::poller::Polled;
 use crate::operator::watch::SlimDeployment;
-use crate::resources::names::{IN_USE_FINALIZER, MANAGED_BY, MANAGED_BY_LABEL, MIRROR_FINALIZER, TOUCHED, worker_name};
+use crate::resources::names::{IN_USE_FINALIZER, MANAGED_BY, MANAGED_BY_LABEL, MIRROR_FINALIZER, TOUCHED, has_finalizer, worker_name};
 use crate::resources::{Connection, Mirror, UpdatePolicy};
 use crate::worker::contract::{Desired, Phase};
 use k8s_openapi::api::apps::v1::Deployment;
@@ -74,7 +74,10 @@ impl Mirrors {
     /// Keeps what the clean-up of this Mirror will need.
     async fn hold(&self, mirror: &Mirror) -> Result<()> {
         let ctx = &self.ctx;
-        apply::ensure_finalizer(ctx, mirror, MIRROR_FINALIZER).await?;
+        if !has_finalizer(&mirror.metadata, MIRROR_FINALIZER) {
+            let _rights = ctx.bindings.hold(ctx, plan::namespace(mirror)).await?;
+            apply::ensure_finalizer(ctx, mirror, MIRROR_FINALIZER).await?;
+        }
         if let Some(source) = self.caches.source(mirror) {
             self.hold_connection(Side::Source, source.as_ref()).await?;
         }

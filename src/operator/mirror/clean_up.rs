@@ -226,6 +226,7 @@ impl Mirrors {
             self.unprotect_network(plan::namespace(mirror)).await?;
         }
         apply::remove_finalizer(&self.ctx, mirror, MIRROR_FINALIZER).await?;
+        self.ctx.bindings.freed();
         Ok(Action::await_change())
     }
 }

@@ -5,10 +5,10 @@ use super::super::connect::Side as Server;
 use super::super::errors::{ServerError, classify, classify_server};
 use super::super::statements::{Encodings, Parameter, TableWriter, truncate};
 use super::super::target::failed;
-use super::CheckpointMove;
 use super::encode::{
     COPY_HEADER, COPY_PIECE, COPY_TRAILER, CellArray, Chunk, OneCell, STATEMENT_BYTES, copy_row, encoding, key_text, next_chunk,
 };
+use super::lane::CheckpointMove;
 use crate::engine::batch::Batch;
 use crate::engine::coalesce::{Action, MissingColumns, Plan, Step};
 use crate::engine::error::{Error, Result, reason};

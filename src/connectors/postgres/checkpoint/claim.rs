@@ -64,8 +64,15 @@ pub(in super::super) fn loader_name(key: &StreamKey) -> String {
 }
 
 /// Ends the old claim's backends, then raises the epoch and reads the checkpoint in one transaction, which is durable
-/// when this returns (and with it all that it has read, since the log is flushed in order).
-pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<Claimed<Lsn>> {
+/// when this returns (and with it all that it has read, since the log is flushed in order). `pids` are the backends that
+/// will write under it, this session's among them: the next claim ends them all.
+pub(in super::super) async fn claim(
+    client: &Client,
+    pids: &[i32],
+    key: &StreamKey,
+    owner: &Owner,
+    held: Option<i64>,
+) -> Result<Claimed<Lsn>> {
     super::schema::ensure(client).await?;
     for _ in 0..TRIES {
         let seen = read_stream(client, key).await?;
@@ -75,7 +82,7 @@ pub(in super::super) async fn claim(client: &Client, key: &StreamKey, owner: &Ow
             end_backends(client, key).await;
         }
         let seen_epoch = seen.map_or(0, |seen| seen.epoch);
-        if let Some(claimed) = raise_epoch(client, key, owner, held, seen_epoch).await? {
+        if let Some(claimed) = raise_epoch(client, pids, key, owner, held, seen_epoch).await? {
             return Ok(claimed);
         }
     }
@@ -108,12 +115,19 @@ async fn end_backends(client: &Client, key: &StreamKey) {
 }
 
 /// `None` when somebody else has claimed since `seen_epoch` was read.
-async fn raise_epoch(client: &Client, key: &StreamKey, owner: &Owner, held: Option<i64>, seen_epoch: i64) -> Result<Option<Claimed<Lsn>>> {
+async fn raise_epoch(
+    client: &Client,
+    pids: &[i32],
+    key: &StreamKey,
+    owner: &Owner,
+    held: Option<i64>,
+    seen_epoch: i64,
+) -> Result<Option<Claimed<Lsn>>> {
     client
         .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'")
         .await
         .map_err(failed("begin the claim"))?;
-    let result = raise_epoch_inside(client, key, owner, held, seen_epoch).await;
+    let result = raise_epoch_inside(client, pids, key, owner, held, seen_epoch).await;
     let end = if matches!(result, Ok(Some(_))) { "COMMIT" } else { "ROLLBACK" };
     let ended = client.batch_execute(end).await.map_err(failed("end the claim"));
     let claimed = result?;
@@ -123,6 +137,7 @@ async fn raise_epoch(client: &Client, key: &StreamKey, owner: &Owner, held: Opti
 
 async fn raise_epoch_inside(
     client: &Client,
+    pids: &[i32],
     key: &StreamKey,
     owner: &Owner,
     held: Option<i64>,
@@ -150,9 +165,9 @@ async fn raise_epoch_inside(
         .query_one(
             "UPDATE _sluice.streams SET epoch = epoch + 1, mirror_uid = $4, updated_at = now(), claim =
                (SELECT jsonb_agg(jsonb_build_object('pid', pid, 'backend_start', backend_start))
-                FROM pg_stat_activity WHERE pid = pg_backend_pid())
+                FROM pg_stat_activity WHERE pid = ANY ($5))
              WHERE system_identifier = $1 AND database = $2 AND slot = $3 RETURNING epoch",
-            &[&key.system_identifier, &key.database, &key.slot, &owner.uid],
+            &[&key.system_identifier, &key.database, &key.slot, &owner.uid, &pids],
         )
         .await
         .map_err(failed("claim the stream"))?;
