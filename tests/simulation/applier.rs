@@ -3,7 +3,7 @@
 use crate::faults::{Moment, Point};
 use crate::history::{KEYS, Row, Rows, TABLES, Tables};
 use crate::mutants::Mutant;
-use crate::server::{Effect, Entry, Stored};
+use crate::server::{Effect, Entry, Stored, ended};
 use crate::sets;
 use crate::source::{by_name, number};
 use crate::target::Connection;
@@ -56,7 +56,7 @@ impl SimApplier {
         &mut self,
         point: Point,
         durable: bool,
-        effect: impl FnOnce(&mut Stored) -> Result<(), String> + Send + 'static,
+        effect: impl FnOnce(&mut Stored) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         let idle = self.in_flight.is_empty() && self.open.is_none();
         self.world().require(idle, || format!("{point:?} while parts are in flight"));
@@ -75,6 +75,9 @@ impl SimApplier {
     /// Writes the due rows of a part on top of everything accepted before.
     fn write(&mut self, part: &Part<Lsn>, due: &(dyn Fn(u32, usize) -> bool + Send + Sync)) -> Result<Tables> {
         let mut world = self.connection.reach.world();
+        if !world.server.is_alive(self.connection.backend) {
+            return Err(ended());
+        }
         let before = self.tables.unwrap_or(world.server.stored.tables);
         let wrong = |index: usize| {
             // The rule with ≥ for >, told from what the target holds.
@@ -97,7 +100,10 @@ impl SimApplier {
         match sets::apply(&before, &part.batch, &due, overtaking, &mut world.dice) {
             Ok(after) => Ok(after),
             Err(what) => {
-                world.violated(|| what.clone());
+                // One whose claim is lost sees another's rows, and will never commit.
+                if world.server.stored.epoch == self.epoch || world.breaks(Mutant::FenceLeftOut) {
+                    world.violated(|| what.clone());
+                }
                 Err(Error::stop(reason::WRITE_REFUSED, what))
             }
         }
@@ -118,7 +124,7 @@ impl Apply for SimApplier {
     async fn initialize(&mut self, position: &Lsn, _: i64) -> Result<()> {
         let position = position.0;
         let initialize = move |stored: &mut Stored| match stored.position.replace(position) {
-            Some(before) => Err(format!("the first checkpoint was written over one at {before}")),
+            Some(before) => Err(Error::bug(format!("the first checkpoint was written over one at {before}"))),
             None => Ok(()),
         };
         self.commit(Point::Initialize, true, initialize).await?;
@@ -138,7 +144,7 @@ impl Apply for SimApplier {
             *stored.entry(table) = Entry { state: TableState::Copying, generation, position: None, done: 0 };
             Ok(())
         };
-        self.commit(Point::BeginCopy, false, begin).await?;
+        self.commit(Point::BeginCopy, true, begin).await?;
         Ok(self.world().server.stored.entry(table).generation)
     }
 
@@ -193,6 +199,7 @@ impl Apply for SimApplier {
             return Ok(());
         }
         self.open = None;
+        self.world().seen.joined_by_part += joined.len() as u64;
         let (position, joined) = (part.end().0, joined.iter().map(by_name).collect::<Vec<_>>());
         let (from, patch) = (self.position, Patch::between(&before, &after));
         if self.world().breaks(Mutant::CheckpointBeforeData) {
@@ -216,6 +223,7 @@ impl Apply for SimApplier {
     }
 
     async fn applied(&mut self) -> Result<Option<Applied>> {
+        self.connection.reach.lives().await;
         let Some(InFlight::Sent { number, position }) = self.in_flight.front() else {
             return Ok(self.in_flight.pop_front().map(|_| Applied::default()));
         };
@@ -238,13 +246,14 @@ impl Apply for SimApplier {
     }
 
     async fn durable(&mut self) -> Result<Option<Lsn>> {
+        self.connection.reach.lives().await;
         let (alive, flushed) = {
             let world = self.world();
             let stored = if world.breaks(Mutant::ConfirmBeforeDurable) { &world.server.stored } else { &world.server.flushed };
             (world.server.is_alive(self.connection.backend), stored.position)
         };
         if !alive {
-            return Err(crate::server::ended());
+            return Err(ended());
         }
         let passed = self.waiting.iter().filter(|waiting| Some(**waiting) <= flushed).max().copied();
         self.waiting.retain(|waiting| Some(*waiting) > flushed);
@@ -279,9 +288,9 @@ impl Patch {
     }
 }
 
-fn move_to(stored: &mut Stored, position: u64, joined: &[usize]) -> Result<(), String> {
+fn move_to(stored: &mut Stored, position: u64, joined: &[usize]) -> Result<()> {
     if stored.position.is_none_or(|held| held > position) {
-        return Err(format!("the checkpoint goes from {:?} back to {position}", stored.position));
+        return Err(Error::bug(format!("the checkpoint goes from {:?} back to {position}", stored.position)));
     }
     stored.position = Some(position);
     for table in joined {

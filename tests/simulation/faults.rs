@@ -68,6 +68,7 @@ impl Point {
                 &[Fault::Fails, Fault::CrashBefore, Fault::AnswerLost, Fault::CrashAfter]
             }
             Self::Load
+            | Self::Finish
             | Self::IntendLog
             | Self::Initialize
             | Self::BeginCopy

@@ -55,7 +55,7 @@ struct Writer {
     number: u64,
     changes: Vec<RowChange>,
     /// What was there before, to be put back.
-    undo: Vec<(usize, Rows)>,
+    undo: Vec<(usize, usize, Option<Row>)>,
     locks: Locks,
 }
 
@@ -96,6 +96,11 @@ impl History {
         self.writes_left == 0 && self.writers.is_empty() && self.stalled.is_empty()
     }
 
+    /// Where the last transaction ends.
+    pub fn last_end(&self) -> u64 {
+        self.transactions.last().map_or(0, |transaction| transaction.end)
+    }
+
     /// The source's users do something.
     pub fn step(&mut self, dice: &mut Dice) {
         match dice.below(8) {
@@ -113,6 +118,8 @@ impl History {
                     _ => self.writers.push(writer),
                 }
             }
+            // Something that is no transaction of ours: another database's, a checkpoint.
+            4 => self.end += 16,
             _ if self.writes_left > 0 => {
                 self.writes_left -= 1;
                 self.counter += 1;
@@ -175,8 +182,10 @@ impl History {
     }
 
     fn write(&mut self, writer: &mut Writer, table: usize, kind: Kind) {
-        writer.undo.push((table, self.rows[table]));
+        let before = self.rows[table];
         replay(&mut self.rows[table], &kind);
+        let changed = (0..KEYS).filter(|key| before[*key] != self.rows[table][*key]);
+        writer.undo.extend(changed.map(|key| (table, key, before[key])));
         writer.changes.push(RowChange { table, kind, published: self.published[table] });
     }
 
@@ -209,11 +218,8 @@ impl History {
     }
 
     fn roll_back(&mut self, writer: Writer) {
-        for (table, rows) in writer.undo.into_iter().rev() {
-            // Other keys may have been written meanwhile; what this writer has locked was not.
-            for (key, row) in rows.into_iter().enumerate().filter(|(key, _)| writer.locks[table] & (1 << key) != 0) {
-                self.rows[table][key] = row;
-            }
+        for (table, key, row) in writer.undo.into_iter().rev() {
+            self.rows[table][key] = row;
         }
         self.unlock(writer.locks);
     }

@@ -37,8 +37,8 @@ impl Stored {
     }
 }
 
-/// What a transaction does at its commit; an error is something that must never be.
-pub type Effect = Box<dyn FnOnce(&mut Stored) -> Result<(), String> + Send>;
+/// What a transaction does at its commit, or why it can't. What must never be is an error of class `Bug`.
+pub type Effect = Box<dyn FnOnce(&mut Stored) -> Result<()> + Send>;
 
 /// A transaction that was sent with its commit.
 struct Sent {
@@ -152,7 +152,7 @@ impl Server {
             sent.checked = true;
             if fenced && sent.epoch != self.stored.epoch {
                 let sent = self.sent.remove(chosen);
-                self.outcomes.push((sent.number, Err(Error::new(Class::Fenced, reason::FENCED, "another worker"))));
+                self.outcomes.push((sent.number, Err(lost_claim())));
             } else if fenced && !any_order && sent.from.is_some_and(|from| from != self.stored.position) {
                 let sent = self.sent.remove(chosen);
                 self.outcomes.push((sent.number, Err(Error::bug("the checkpoint is not what it was read as"))));
@@ -163,7 +163,15 @@ impl Server {
         if fenced && sent.epoch != self.stored.epoch {
             return Err(format!("a commit of epoch {} after epoch {} was claimed", sent.epoch, self.stored.epoch));
         }
-        (sent.effect)(&mut self.stored)?;
+        let before = self.stored;
+        if let Err(error) = (sent.effect)(&mut self.stored) {
+            if error.class == Class::Bug {
+                return Err(error.message);
+            }
+            self.stored = before;
+            self.outcomes.push((sent.number, Err(error)));
+            return Ok(None);
+        }
         self.logged(sent.durable);
         self.outcomes.push((sent.number, Ok(())));
         Ok(Some(Committed { orphan: self.backends[backend] != Backend::Serves }))
@@ -195,6 +203,10 @@ impl Server {
         self.unflushed.clear();
         lost
     }
+}
+
+pub fn lost_claim() -> Error {
+    Error::new(Class::Fenced, reason::FENCED, "another worker")
 }
 
 pub fn ended() -> Error {

@@ -6,7 +6,7 @@ use crate::mutants::Mutant;
 use crate::world::{Reach, World};
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
-use sluice::engine::error::Result;
+use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::roles::{
     BatchLimits, BulkFormat, BulkStream, ChangeLog, Fed, LogState, Range, Selection, Snapshot, Source, SourceIdentity,
 };
@@ -14,6 +14,7 @@ use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableV
 use std::fmt::Write as _;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
+use tokio::time::Instant;
 
 /// Ranges of each table.
 const RANGES: usize = 2;
@@ -76,6 +77,9 @@ impl SimSource {
             history.step(dice);
         }
         let mut world = self.0.world();
+        // Making a slot writes a record of its own; another source's may not.
+        let record = world.dice.chance(600);
+        world.history.end += if record { 16 } else { 0 };
         let end = world.history.end;
         world.seen.stalled_at_snapshot += u64::from(world.history.has_stalled());
         let tables = if ordinary {
@@ -160,12 +164,13 @@ impl Source for SimSource {
     async fn open(&self, from: &Lsn, _: &[MappedTable], limits: BatchLimits) -> Result<SimLog> {
         self.0.io(Point::Open).await?;
         self.publish_late().await?;
-        let mut world = self.0.world();
-        let readable = world.history.slot.is_some_and(|confirmed| confirmed <= from.0);
-        let slot = world.history.slot;
-        world.require(readable, || format!("the slot ({slot:?}) has moved past the checkpoint ({from})"));
+        let world = self.0.world();
+        if world.history.slot.is_none_or(|confirmed| confirmed > from.0) {
+            let slot = world.history.slot;
+            return Err(Error::stop(reason::CHECKPOINT_BEHIND_SLOT, format!("{from} can't be read, the slot is at {slot:?}")));
+        }
         let next = world.history.transactions.partition_point(|transaction| transaction.commit_start < from.0);
-        Ok(SimLog { reach: self.0.clone(), next, inside: 0, limit: limits.rows, received: from.0 })
+        Ok(SimLog { reach: self.0.clone(), next, inside: 0, limit: limits.rows, received: from.0, quiet_until: None })
     }
 
     async fn left_timeline_at(&self, _: i64) -> Result<Option<Lsn>> {
@@ -241,6 +246,7 @@ pub struct SimLog {
     inside: usize,
     limit: usize,
     received: u64,
+    quiet_until: Option<Instant>,
 }
 
 impl ChangeLog for SimLog {
@@ -249,7 +255,7 @@ impl ChangeLog for SimLog {
     async fn next(&mut self) -> Result<Part<Lsn>> {
         self.reach.io(Point::Next).await?;
         loop {
-            let silent = {
+            let over = {
                 let mut world = self.reach.world();
                 let more = self.next < world.history.transactions.len();
                 // The link is slow: what is in the log is not here yet.
@@ -262,11 +268,16 @@ impl ChangeLog for SimLog {
                     self.received = world.history.end;
                     return Ok(Part::idle(Lsn(self.received)));
                 }
-                !more
+                world.wear_out(20);
+                let World { history, dice, .. } = &mut *world;
+                history.step(dice);
+                history.is_over()
             };
-            if silent {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
+            // Kept over calls: a call that is cancelled must not begin to wait anew.
+            let pause = Duration::from_millis(if over { 2000 } else { 10 });
+            let until = *self.quiet_until.get_or_insert_with(|| Instant::now() + pause);
+            tokio::time::sleep_until(until).await;
+            self.quiet_until = None;
             self.reach.step().await;
         }
         let reach = self.reach.clone();

@@ -4,12 +4,12 @@ use crate::applier::SimApplier;
 use crate::faults::{Moment, Point};
 use crate::mutants::Mutant;
 use crate::history::{KEYS, Row};
-use crate::server::{Effect, Entry, Stored, ended};
+use crate::server::{Effect, Entry, Stored, ended, lost_claim};
 use crate::source::{number, table};
 use crate::world::Reach;
 use futures::TryStreamExt as _;
 use sluice::connectors::postgres::Lsn;
-use sluice::engine::error::{Class, Error, Result, reason};
+use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::roles::{
     BulkFormat, BulkStream, Checkpoint, Claim, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, TableCheckpoint, Target,
 };
@@ -67,7 +67,7 @@ impl SimTarget {
         let mut world = self.0.world();
         if held.is_some_and(|held| world.server.stored.epoch > held) && !world.breaks(Mutant::FenceLeftOut) {
             world.seen.fenced += 1;
-            return Err(Error::new(Class::Fenced, reason::FENCED, "another worker"));
+            return Err(lost_claim());
         }
         Ok(())
     }
@@ -139,17 +139,24 @@ impl Target for SimTarget {
         let connection = Connection::open(&self.0);
         let text: Vec<u8> = rows.try_collect::<Vec<_>>().await?.concat();
         let rows: Vec<(usize, Row)> = String::from_utf8_lossy(&text).lines().map(parse).collect();
-        let (table, bit, count) = (number(table), 1 << range.number, rows.len() as u64);
+        let (table, bit, count, epoch) = (number(table), 1 << range.number, rows.len() as u64, claim.epoch);
         if !self.0.world().server.is_alive(connection.backend) {
             return Err(ended());
         }
         let load = move |stored: &mut Stored| {
+            if !is_copying(stored, table, generation) && stored.epoch != epoch {
+                return Err(lost_claim());
+            }
             if !is_copying(stored, table, generation) {
-                return Err(format!("a range of table {table}, generation {generation}, came too late: {:?}", stored.states[table]));
+                let entry = stored.states[table];
+                return Err(Error::bug(format!("a range of table {table}, generation {generation}, came too late: {entry:?}")));
+            }
+            if stored.entry(table).done & bit != 0 {
+                return Err(Error::retry(reason::WRITE_REFUSED, "an earlier try has come through"));
             }
             for (key, row) in rows {
                 if stored.rows(table)[key].replace(row).is_some() {
-                    return Err(format!("row {key} of table {table} was copied twice"));
+                    return Err(Error::bug(format!("row {key} of table {table} was copied twice")));
                 }
             }
             Ok(())
@@ -168,8 +175,8 @@ impl Target for SimTarget {
         Ok(count)
     }
 
-    async fn finish(&self, _: &Claim, _: &MappedTable) -> Result<()> {
-        self.0.io(Point::Finish).await
+    async fn finish(&self, claim: &Claim, _: &MappedTable) -> Result<()> {
+        Connection::open(&self.0).transaction(Point::Finish, claim.epoch, None, true, Box::new(|_| Ok(()))).await
     }
 }
 

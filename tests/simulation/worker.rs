@@ -12,7 +12,7 @@ use sluice::engine::progress::Progress;
 use sluice::engine::roles::{BatchLimits, Owner, Selection, TableSelection};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// A history that was lived through.
@@ -40,39 +40,36 @@ async fn live(world: &Arc<Mutex<World>>) {
         let (tables, over, second) = {
             let mut world = lock();
             let tables: Vec<usize> = (0..TABLES).filter(|table| last || *table == 0 || world.dice.chance(700)).collect();
-            let steps = 20 + world.dice.below(600);
+            let steps = 20 + world.dice.below(300);
             let over = world.begin_round(steps, last);
             // Before there is a checkpoint, two workers would have to share the making of the slot.
             let second = !last && world.server.stored.position.is_some() && world.dice.chance(300);
             (tables, over, second)
         };
         let stop = Stop::default();
-        let mut workers: Vec<JoinHandle<()>> = Vec::new();
+        let mut workers = JoinSet::new();
         for _ in 0..=u32::from(second) {
-            let mut run = Box::pin(worker(Arc::clone(world), config(&tables), stop.clone()));
-            let over = over.clone();
-            workers.push(tokio::spawn(async move {
-                tokio::select! { biased; () = over.cancelled() => {} () = &mut run => return }
-                run.await;
-            }));
+            workers.spawn(worker(Arc::clone(world), config(&tables), stop.clone()));
         }
-        over.cancelled().await;
-        if lock().violation.is_some() || last {
-            workers.iter().for_each(JoinHandle::abort);
-        } else {
-            let how = lock().dice.below(3);
-            match how {
-                0 => workers.iter().for_each(JoinHandle::abort),
-                1 => stop.finish.cancel(),
-                _ => stop.now.cancel(),
+        loop {
+            let ended = tokio::select! {
+                biased;
+                () = over.cancelled() => break,
+                ended = workers.join_next() => ended,
+            };
+            match ended {
+                Some(Err(error)) => lock().violated(|| format!("a worker has panicked: {error}")),
+                Some(Ok(())) => {}
+                None => break,
             }
         }
-        for worker in workers {
-            let panicked = worker.await.is_err_and(|error| error.is_panic());
-            if panicked {
-                lock().violated(|| "a worker has panicked".into());
-            }
+        let how = if last || lock().violation.is_some() { 0 } else { lock().dice.below(3) };
+        match how {
+            0 => workers.abort_all(),
+            1 => stop.finish.cancel(),
+            _ => stop.now.cancel(),
         }
+        while workers.join_next().await.is_some() {}
         if lock().violation.is_some() {
             return;
         }
@@ -99,6 +96,8 @@ async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop) {
             Some(Ok(())) => return,
             Some(Err(error)) if error.class == Class::Retry => {}
             Some(Err(error)) if error.class == Class::Fenced => return,
+            // What another worker has done since its claim may puzzle this one. It claims again, and learns of it.
+            Some(Err(error)) if error.class == Class::Stop && held != Some(reach.world().server.stored.epoch) => {}
             Some(Err(error)) => return reach.world().violated(|| format!("a session ends with {:?}: {error}", error.class)),
         }
         tokio::select! {

@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use tokio_util::sync::CancellationToken;
 
 /// A right engine needs a small part of this.
-const STEPS: u64 = 300_000;
+const STEPS: u64 = 30_000;
 
 pub struct World {
     pub dice: Dice,
@@ -33,7 +33,12 @@ pub struct World {
     oracles: [Oracle; TABLES],
     steps_left: u64,
     round_left: u32,
+    /// Where the target stood when the last commit left all tables ready.
+    all_ready_at: Option<u64>,
     restless: bool,
+    /// How often, of a thousand times, the target's server does nothing.
+    slow: u32,
+    to_the_end: bool,
 }
 
 /// What has happened, so that a test that proves nothing is noticed.
@@ -42,12 +47,12 @@ pub struct Seen {
     pub comparisons: u64,
     pub commits: u64,
     pub steps: u64,
-    /// Tables that became ready after a copy of their own, while others streamed.
-    pub joined_later: u64,
-    /// … at a position that an idle source has told.
+    /// Tables that became ready with a transaction after their copy.
+    pub joined_by_part: u64,
+    /// Tables that became ready at a position that an idle source has told.
     pub joined_idle: u64,
     pub open_parts: u64,
-    /// Most parts in flight are behind another one.
+    /// Parts that were accepted while another one was in flight.
     pub behind_others: u64,
     pub not_due: u64,
     pub target_crashes: u64,
@@ -66,7 +71,7 @@ impl Seen {
         self.comparisons += other.comparisons;
         self.commits += other.commits;
         self.steps += other.steps;
-        self.joined_later += other.joined_later;
+        self.joined_by_part += other.joined_by_part;
         self.joined_idle += other.joined_idle;
         self.open_parts += other.open_parts;
         self.behind_others += other.behind_others;
@@ -81,13 +86,34 @@ impl Seen {
     }
 }
 
+impl Seen {
+    /// What must not be missing among many histories.
+    pub fn rare(&self) -> [(&'static str, u64); 12] {
+        [
+            ("a join with a transaction", self.joined_by_part),
+            ("a join on an idle source", self.joined_idle),
+            ("an open part", self.open_parts),
+            ("a part behind another", self.behind_others),
+            ("a change that is not due", self.not_due),
+            ("a crash of the target", self.target_crashes),
+            ("a commit lost by it", self.commits_lost),
+            ("a commit of a worker that is gone", self.orphans_committed),
+            ("a worker that was fenced", self.fenced),
+            ("a writer that a snapshot waits for", self.waited_for_writers),
+            ("a commit that a snapshot sees first", self.stalled_at_snapshot),
+            ("a session that was stopped", self.stopped),
+        ]
+    }
+}
+
 impl World {
     pub fn new(seed: u64, mutant: Option<Mutant>) -> Self {
         let mut dice = Dice::new(seed);
         let writes = [0, 20, 40, 60][dice.below(4) as usize];
         let history = History::new(writes, &mut dice);
         let faults = Faults::new(&mut dice);
-        let restless = dice.chance(500);
+        let (restless, to_the_end) = (dice.chance(500), dice.chance(200));
+        let slow = [0, 0, 600, 800][dice.below(4) as usize];
         Self {
             history,
             server: Server::default(),
@@ -101,7 +127,10 @@ impl World {
             oracles: Default::default(),
             steps_left: STEPS,
             round_left: 0,
+            all_ready_at: None,
             restless,
+            slow,
+            to_the_end,
             dice,
         }
     }
@@ -138,13 +167,17 @@ impl World {
         self.seen.steps += 1;
         self.steps_left = self.steps_left.saturating_sub(1);
         if self.steps_left == 0 {
-            self.violated(|| "the target never becomes level with the source".into());
+            let what = format!("the target never becomes level with the source: {:?}, the log ends at {}", self.server.stored, self.history.end);
+            self.violated(|| what);
         }
-        if !self.last_round {
-            self.round_left = self.round_left.saturating_sub(1);
-            if self.round_left == 0 {
+        if self.last_round {
+            // Up to the last transaction; to the end of the log it takes an idle stream ten seconds.
+            let end = if self.to_the_end { self.history.end } else { self.history.last_end() };
+            if self.history.is_over() && self.all_ready_at.is_some_and(|position| position >= end) {
                 self.round_over.cancel();
             }
+        } else {
+            self.wear_out(1);
         }
         match self.dice.below(16) {
             0 => self.history.step(&mut self.dice),
@@ -159,8 +192,19 @@ impl World {
         }
     }
 
+    /// Takes so many steps off the round.
+    pub fn wear_out(&mut self, steps: u32) {
+        self.round_left = self.round_left.saturating_sub(steps);
+        if self.round_left == 0 && !self.last_round {
+            self.round_over.cancel();
+        }
+    }
+
     /// The target's server goes on with one of the transactions that it has been sent.
     pub fn work(&mut self) {
+        if self.dice.chance(self.slow) {
+            return;
+        }
         let any_order = self.breaks(Mutant::LaterPartCommitsFirst);
         let fenced = !self.breaks(Mutant::FenceLeftOut);
         match self.server.work(&mut self.dice, fenced, any_order) {
@@ -180,6 +224,7 @@ impl World {
         let stored = &self.server.stored;
         self.seen.digest =
             (self.seen.digest ^ stored.position.unwrap_or(1) ^ (stored.epoch as u64) << 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.all_ready_at = None;
         let Some(position) = stored.position else { return };
         let mut all_ready = true;
         for table in 0..TABLES {
@@ -201,9 +246,7 @@ impl World {
                 return self.violated(|| text);
             }
         }
-        if self.last_round && all_ready && self.history.is_over() && position == self.history.end {
-            self.round_over.cancel();
-        }
+        self.all_ready_at = all_ready.then_some(position);
     }
 }
 
@@ -223,15 +266,23 @@ impl Reach {
         self.world.lock().expect("no panic while the world is held")
     }
 
+    /// A worker that has crashed does nothing more.
+    pub async fn lives(&self) {
+        if self.crash.is_cancelled() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// One step of waiting.
     pub async fn step(&self) {
+        self.lives().await;
         self.world().step();
         Yield(false).await;
     }
 
     /// A call goes out: others run meanwhile, and it may never arrive.
     pub async fn io(&self, point: Point) -> Result<()> {
-        let steps = self.world().dice.below(3);
+        let steps = self.world().dice.below(2);
         for _ in 0..steps {
             self.step().await;
         }
@@ -240,6 +291,7 @@ impl Reach {
 
     /// Now and then something goes wrong.
     pub async fn strike(&self, point: Point, moment: Moment) -> Result<()> {
+        self.lives().await;
         let fault = {
             let mut world = self.world();
             let World { faults, dice, .. } = &mut *world;
