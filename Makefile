@@ -68,8 +68,9 @@ fuzz: ## The targets of fuzz/ under cargo-fuzz (needs nightly Rust), SECONDS_EAC
 	    -- -max_total_time="$(or $(SECONDS_EACH),60)" -max_len=65536 -rss_limit_mb=1024; \
 	done
 
-chaos: ## Ledger test: kill worker and servers again and again, MINUTES=10; repeat one round with SLUICE_SEED=...
+chaos: ## Ledger test and a transaction of 5 million rows: MINUTES=10 of rounds; SLUICE_SEED=... repeats one
 	SLUICE_CHAOS_MINUTES="$(or $(MINUTES),10)" cargo test --locked --test ledger -- --nocapture
+	SLUICE_MEMORY_ROWS=5000000 cargo test --locked --test memory one_large -- --nocapture
 =======
 bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
 	@e2e/deps.sh packages postgres bench
