@@ -51,7 +51,7 @@ docs: ## Build the book into target/book
 	@e2e/deps.sh mdbook
 	@"$$(e2e/deps.sh where mdbook)" build docs --dest-dir "$(CURDIR)/target/book"
 
-bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
+bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|short|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
 	@e2e/deps.sh packages postgres bench
 	@PRESET='$(PRESET)' ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' ONLY='$(ONLY)' NAME='$(NAME)' RESULTS='$(RESULTS)' SLUICE_BIN='$(SLUICE_BIN)' \
 	  cargo bench --locked --bench databases
