@@ -15,6 +15,7 @@ mod copy;
 pub mod error;
 pub mod flow;
 pub mod handover;
+pub mod hash;
 pub mod position;
 pub mod progress;
 pub mod retry;
