@@ -21,6 +21,7 @@ pub mod retry;
 pub mod roles;
 pub mod startup;
 mod stream;
+pub mod structure;
 pub mod table;
 
 #[cfg(test)]
