@@ -19,6 +19,7 @@ pub mod position;
 pub mod progress;
 pub mod retry;
 pub mod roles;
+pub mod spill;
 pub mod startup;
 mod stream;
 pub mod structure;

@@ -25,6 +25,10 @@ fn observed(worker: Worker) -> Observed {
     Observed { exists: true, worker, pod: Some("p".into()), address: Some("10.0.0.1:8080".into()), image: Some("sluice:1".into()) }
 }
 
+fn cannot_start(lasts: bool) -> Worker {
+    Worker::CannotStart { why: "w".into(), lasts }
+}
+
 fn answers(phase: &str, more: Value) -> Observed {
     observed(Worker::Answers(Arc::new(said(phase, more))))
 }
@@ -60,6 +64,19 @@ fn failure(class: &str, reason: &str) -> Value {
     json!({"error": {"class": class, "reason": reason, "message": "what happened", "count": 1}})
 }
 
+/// The stream goes on, and people hear of it.
+#[test]
+fn a_notice_is_the_reason_of_ready() {
+    let notice = json!({"notice": {"reason": "SpillFull", "message": "no room"}});
+    let status = reported(&mirror(false), None, &answers("Streaming", notice.clone()));
+    assert_eq!(summary(&status), "True SpillFull False False True Streaming");
+    let ready = conditions::get(&status.conditions, "Ready").expect("the condition");
+    assert_eq!(ready.message, "no room");
+    let told = news(&reported(&mirror(false), None, &answers("Streaming", json!({}))).conditions, &status).len();
+    assert_eq!(told, 1);
+    assert_eq!(short(false, None, &answers("Copying", notice)), "False Copying True False False Copying");
+}
+
 #[test]
 fn the_table_of_the_book() {
     let stop = Problem::stop(reason::SOURCE_NOT_FOUND, "m");
@@ -71,7 +88,8 @@ fn the_table_of_the_book() {
         ("False SourceNotReady True False False Pending", short(false, Some(&retry), &absent())),
         ("False WorkerStarting True False False Pending", short(false, None, &absent())),
         ("False WorkerStarting True False False Pending", short(false, None, &observed(Worker::Starting("w".into())))),
-        ("False WorkerFailed True False False Pending", short(false, None, &observed(Worker::CannotStart("w".into())))),
+        ("False WorkerFailed True False False Pending", short(false, None, &observed(cannot_start(false)))),
+        ("False WorkerFailed False True False Pending", short(false, None, &observed(cannot_start(true)))),
         ("False WorkerFailed True False False Retrying", short(false, None, &observed(Worker::KeepsEnding("w".into())))),
         ("False WorkerUnreachable True False Unknown Pending", short(false, None, &observed(Worker::Unreachable("w".into())))),
         ("Unknown WorkerOutdated False False Unknown Pending", short(false, None, &observed(Worker::Outdated("w".into())))),
