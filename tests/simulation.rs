@@ -11,9 +11,10 @@ use sluice::engine::flow::{self, SnapshotConfig, StreamConfig};
 use sluice::engine::position::Position;
 use sluice::engine::progress::Progress;
 use sluice::engine::roles::{
-    Applied, Apply, ApplyMode, BatchLimits, BulkFormat, BulkStream, ChangeLog, Checkpoint, Claim, Claimed, Fed, LogState, Owner, Range,
-    Selection, Snapshot, Source, SourceIdentity, StreamKey, TableCheckpoint, TableSelection, Target,
+    Applied, Apply, ApplyMode, BatchLimits, Builders, BulkFormat, BulkStream, ChangeLog, Checkpoint, Claim, Claimed, Fed, LogState, Owner,
+    Range, Selection, Snapshot, Source, SourceIdentity, StreamKey, TableCheckpoint, TableSelection, Target, Tell,
 };
+use sluice::engine::structure::SequenceValue;
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableState, TableVersion};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -232,6 +233,7 @@ fn mapped(table: u32) -> MappedTable {
         primary_key_name: None,
         estimated_rows: u64::from(KEYS),
         blocks: 4,
+        structure: Arc::default(),
     }
 }
 
@@ -314,6 +316,10 @@ impl Source for Shared {
         let end = world.end;
         world.history.push(Transaction { commit_start, end, changes: Vec::new() });
         Ok(())
+    }
+
+    async fn sequence_values(&self, _: &MappedTable) -> Result<Vec<SequenceValue>> {
+        Ok(Vec::new())
     }
 
     fn waiting(&self) -> Option<String> {
@@ -527,8 +533,12 @@ impl Target for Shared {
         Ok(count)
     }
 
-    async fn finish(&self, _: &Claim, _: &MappedTable) -> Result<()> {
+    async fn finish(&self, _: &Claim, _: &MappedTable, _: &[SequenceValue], _: Builders, _: Tell<'_>) -> Result<()> {
         self.io().await
+    }
+
+    async fn relate(&self, _: &Claim, _: &[MappedTable], _: Tell<'_>) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
 }
 
@@ -721,6 +731,8 @@ fn config(tables: &[u32]) -> StreamConfig {
             rows_per_range: 1,
             tables_in_parallel: 2,
             workers_per_table: 2,
+            indexes: true,
+            foreign_keys: true,
         },
         limits: BatchLimits { rows: 4, bytes: 1 << 20, delay: Duration::ZERO },
     }

@@ -23,6 +23,7 @@ pub mod roles;
 pub mod spill;
 pub mod startup;
 mod stream;
+pub mod structure;
 pub mod table;
 
 #[cfg(test)]
