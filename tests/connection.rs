@@ -5,6 +5,7 @@ mod support;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -288,6 +289,39 @@ async fn a_source_is_reported_once_and_looked_at_once() {
     assert_eq!(databases.asked.load(Ordering::SeqCst), 1, "the way to the database is the same");
     assert_eq!(stage.events("shop").await, ["Available", "PolicyMissing"]);
     stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn protection_needs_a_policy_and_a_binding_that_denies() {
+    let server = ApiServer::shared().await;
+    let name = server.namespace("policy").await;
+    let client = server.client().await;
+    let mut options = options(&name, &name);
+    options.deletion_policy_name.clone_from(&name);
+    let keys = SigningKeys::new(SigningKey::generate().expect("a key"), None);
+    let ctx = Context::new(client.clone(), options, Metrics::default(), Health::default(), keys).expect("a context");
+    // A fresh one each time: an answer is remembered for a while.
+    let in_force = async || connection::DeletionPolicy::default().is_in_force(&ctx).await;
+    assert_eq!(in_force().await, Some(false));
+    let policy: ValidatingAdmissionPolicy = serde_json::from_value(json!({"metadata": {"name": name}, "spec": {
+        "matchConstraints": {"resourceRules": [{"apiGroups": ["sluice.dev"], "apiVersions": ["*"], "operations": ["DELETE"], "resources": ["sources"]}]},
+        "validations": [{"expression": "true"}],
+    }}))
+    .expect("a policy");
+    Api::all(client.clone()).create(&PostParams::default(), &policy).await.expect("created");
+    assert_eq!(in_force().await, Some(false), "without a binding a policy does nothing");
+    let bind = async |actions: &[&str]| {
+        let binding: ValidatingAdmissionPolicyBinding =
+            serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"policyName": name, "validationActions": actions}}))
+                .expect("a binding");
+        let api = Api::<ValidatingAdmissionPolicyBinding>::all(client.clone());
+        let params = PatchParams::apply("tests").force();
+        api.patch(&name, &params, &Patch::Apply(&binding)).await.expect("applied");
+    };
+    bind(&["Audit"]).await;
+    assert_eq!(in_force().await, Some(false));
+    bind(&["Deny", "Audit"]).await;
+    assert_eq!(in_force().await, Some(true));
 }
 
 #[tokio::test(flavor = "multi_thread")]

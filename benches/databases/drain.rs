@@ -8,7 +8,7 @@ use crate::native::{self, Subscription};
 use crate::options::Options;
 use crate::run::{self, Meter, Sample, Samples};
 use crate::scenario::{Competitor, Drain, Scenario, Work};
-use crate::servers::{Servers, conninfo, contents, drop_database, drop_slot, expect_contents, fresh_database};
+use crate::servers::{Servers, conninfo, contents, drop_database, drop_slot, expect_contents, fresh_database, rows_written};
 use crate::worker::Worker;
 use crate::{Result, visible};
 use std::time::Instant;
@@ -143,24 +143,30 @@ impl Contest<'_> {
 
     async fn sluice(&self, worker: &mut Worker, expected: &(i64, String)) -> Result<Sample> {
         let target = self.servers.target.connect(SLUICE).await;
+        let before = rows_written(&target).await?;
         let meter = Meter::begin(self.servers, Some(worker.pid()));
         let begin = Instant::now();
         worker.change(|desired| desired.suspend = false).await;
-        let end = visible::marker(&target, 1).await?;
-        let sample = meter.end((end - begin).as_secs_f64(), Some(worker));
+        let end = visible::marker_by(worker, &target, 1).await?;
+        let mut sample = meter.end((end - begin).as_secs_f64(), Some(worker));
         expect_contents(&target, "data", expected, Competitor::Sluice.name()).await?;
         worker.terminate();
+        until_disconnected(&target).await?;
+        sample.insert("rows_written", (rows_written(&target).await? - before) as f64);
         Ok(sample)
     }
 
     async fn native(&self, target: &Client, expected: &(i64, String)) -> Result<Sample> {
+        let before = rows_written(target).await?;
         let meter = Meter::begin(self.servers, None);
         let begin = Instant::now();
         native::enable(target).await?;
         let end = visible::marker(target, 1).await?;
-        let sample = meter.end((end - begin).as_secs_f64(), None);
+        let mut sample = meter.end((end - begin).as_secs_f64(), None);
         expect_contents(target, "data", expected, Competitor::Native.name()).await?;
         native::drop(target).await?;
+        until_disconnected(target).await?;
+        sample.insert("rows_written", (rows_written(target).await? - before) as f64);
         Ok(sample)
     }
 
@@ -177,6 +183,13 @@ impl Contest<'_> {
         }
         Ok(meter.end(begin.elapsed().as_secs_f64(), None))
     }
+}
+
+/// Waits until nobody else is connected to the database: what they have done is in its statistics then.
+async fn until_disconnected(target: &Client) -> Result<()> {
+    let sql = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid())";
+    visible::until(60, "nobody else is connected", async || Ok(target.query_one(sql, &[]).await?.get(0))).await?;
+    Ok(())
 }
 
 /// The statement that writes the backlog, with its own commits.

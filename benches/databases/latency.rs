@@ -46,7 +46,7 @@ pub async fn play(scenario: &Scenario, servers: &Servers, options: &Options) -> 
             add_percentiles(&mut sample, &mut latencies)?;
 
             source.batch_execute("INSERT INTO mark VALUES (1)").await?;
-            visible::marker(&target, 1).await?;
+            follower.marker(&target).await?;
             expect_contents(&target, "data", &contents(&source, "data").await?, competitor.name()).await?;
             follower.stop(&source, &target).await?;
             run::note(&mut samples, scenario, round, competitor, sample);

@@ -4,6 +4,7 @@ use crate::Result;
 use crate::servers::Servers;
 use serde_json::{Value, json};
 use std::process::Command;
+use std::time::Duration;
 
 /// Machine, versions and settings.
 pub async fn facts(servers: &Servers) -> Result<Value> {
@@ -46,10 +47,21 @@ pub fn sluice() -> String {
     }
 }
 
-/// Processes that want a core, on average of the last minute.
-pub fn load() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split_whitespace().next().and_then(|load| load.parse().ok()).unwrap_or(0.0)
+/// Part of the processors' time that nobody used in the last second: how quiet the machine is.
+pub async fn idle() -> f64 {
+    let before = processor_time();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let after = processor_time();
+    (after.0 - before.0) / (after.1 - before.1).max(1.0)
+}
+
+/// Idle and all ticks of all processors (manual: proc(5), `/proc/stat`).
+fn processor_time() -> (f64, f64) {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = text.lines().next().unwrap_or_default();
+    // user, nice, system, idle, iowait, irq, softirq, steal; guests are in user already.
+    let ticks: Vec<f64> = line.split_whitespace().skip(1).take(8).filter_map(|ticks| ticks.parse().ok()).collect();
+    (ticks.get(3).copied().unwrap_or(0.0), ticks.iter().sum())
 }
 
 fn line(file: &str, name: &str) -> Option<String> {

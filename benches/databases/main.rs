@@ -41,11 +41,15 @@ use scenario::{Kind, Scenario};
 use servers::Servers;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Any failure, for people.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// The result of a step.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Part of the processors that should be free before a scenario begins.
+const QUIET: f64 = 0.85;
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Runtime::new().expect("an async runtime");
@@ -53,7 +57,7 @@ fn main() -> ExitCode {
         // Servers and workers end when their handles are dropped, so an interrupt must not end the process at once.
         tokio::select! {
             outcome = measure() => outcome,
-            _ = tokio::signal::ctrl_c() => Err("interrupted; what was measured before is kept".into()),
+            () = told_to_end() => Err("interrupted; what was measured before is kept".into()),
         }
     });
     match outcome {
@@ -65,6 +69,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// Waits for SIGINT or SIGTERM.
+async fn told_to_end() {
+    let signals = signal(SignalKind::interrupt()).and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)));
+    match signals {
+        Ok((mut interrupt, mut terminate)) => tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        },
+        Err(_) => std::future::pending().await,
+    }
+}
+
 async fn measure() -> Result<()> {
     let options = Options::from_environment()?;
     let scenarios = scenario::chosen(&options.only)?;
@@ -72,11 +88,15 @@ async fn measure() -> Result<()> {
     eprintln!("{}", report.heading());
     let mut failures = Vec::new();
     for scenario in scenarios {
+        let idle = machine::idle().await;
+        if idle < QUIET {
+            eprintln!("the machine is not quiet: only {:.0} % idle, figures will be of little use", idle * 100.0);
+        }
         // Helpers that the tests share panic; one broken scenario must not take the others with it.
         let outcome = AssertUnwindSafe(play(scenario, &options)).catch_unwind().await;
         match outcome.unwrap_or_else(|_| Err("a step panicked, see above".into())) {
             Ok(samples) => {
-                report.add(scenario, &options, &samples)?;
+                report.add(scenario, &options, idle, &samples)?;
                 eprintln!("{}", report.table(scenario));
             }
             Err(error) => {
@@ -93,10 +113,11 @@ async fn measure() -> Result<()> {
 async fn play(scenario: &Scenario, options: &Options) -> Result<run::Samples> {
     eprintln!("== {}: {}", scenario.name, scenario.title);
     let servers = &Servers::start()?;
-    match scenario.kind {
+    let outcome = match scenario.kind {
         Kind::Copy(copy) => copy::play(scenario, copy, servers, options).await,
         Kind::Drain(drain) => drain::play(scenario, drain, servers, options).await,
         Kind::Transaction => transaction::play(scenario, servers, options).await,
         Kind::Latency => latency::play(scenario, servers, options).await,
-    }
+    };
+    outcome.map_err(|error| format!("{error}\n{}", servers.last_words()).into())
 }

@@ -34,7 +34,9 @@ impl Report {
     }
 
     /// Adds a scenario, in place of what was measured of it before, and writes both files.
-    pub fn add(&mut self, scenario: &Scenario, options: &Options, samples: &Samples) -> Result<()> {
+    ///
+    /// `idle`: the part of the processors that nobody used before it began.
+    pub fn add(&mut self, scenario: &Scenario, options: &Options, idle: f64, samples: &Samples) -> Result<()> {
         let results: Map<String, Value> = samples.iter().map(|(competitor, runs)| (competitor.name().to_owned(), figures(runs))).collect();
         self.all["scenarios"][scenario.name] = json!({
             "title": scenario.title,
@@ -43,7 +45,7 @@ impl Report {
             "command": options.command,
             "rounds": options.rounds,
             "scale": options.scale,
-            "load_at_the_end": machine::load(),
+            "idle_before": (idle * 100.0).round() / 100.0,
             "results": results,
         });
         std::fs::create_dir_all(self.json.parent().unwrap_or(Path::new(".")))?;
@@ -77,7 +79,7 @@ impl Report {
             let facts = &self.all["scenarios"][scenario.name];
             let _ = write!(
                 page,
-                "\n### {}\n\n{}. Measured {} with Sluice {}: `{}`; {} rounds, {} × the rows, load {}.\n\n{}",
+                "\n### {}\n\n{}. Measured {} with Sluice {}: `{}`; {} rounds, {} × the rows; the machine was {} idle before.\n\n{}",
                 scenario.name,
                 scenario.title,
                 plain(&facts["measured"]),
@@ -85,7 +87,7 @@ impl Report {
                 plain(&facts["command"]),
                 facts["rounds"],
                 facts["scale"],
-                facts["load_at_the_end"],
+                facts["idle_before"].as_f64().map_or_else(String::new, |idle| format!("{:.0} %", idle * 100.0)),
                 self.table(scenario)
             );
         }

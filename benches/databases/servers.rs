@@ -56,6 +56,16 @@ impl Servers {
         Ok(())
     }
 
+    /// The ends of both logs, for failures.
+    pub fn last_words(&self) -> String {
+        let end = |server: &Postgres| {
+            let log = server.log();
+            let skipped = log.lines().count().saturating_sub(10);
+            log.lines().skip(skipped).collect::<Vec<_>>().join("\n")
+        };
+        format!("log of the source:\n{}\nlog of the target:\n{}", end(&self.source), end(&self.target))
+    }
+
     /// CPU seconds that source and target have used so far.
     pub fn cpu(&self) -> (f64, f64) {
         let used = |server: &Postgres| postmaster(server).map_or(0.0, cpu_of_tree);
@@ -93,6 +103,13 @@ pub async fn drop_slot(source: &Client, slot: &str) -> Result<()> {
 /// How libpq reaches a database.
 pub fn conninfo(server: &Postgres, database: &str) -> String {
     format!("host=127.0.0.1 port={} user=postgres password=pw dbname={database}", server.port)
+}
+
+/// Rows that were written into the table `data`, as its statistics say when their writers have gone: with a set of changes
+/// per key that is less than the number of changes.
+pub async fn rows_written(client: &Client) -> Result<i64> {
+    let sql = "SELECT n_tup_ins + n_tup_upd + n_tup_del FROM pg_stat_user_tables WHERE schemaname = 'public' AND relname = 'data'";
+    Ok(client.query_one(sql, &[]).await?.get(0))
 }
 
 /// What a table holds: the number of rows and the sum of their 64-bit hashes, whatever their order.

@@ -31,7 +31,7 @@ pub async fn play(scenario: &Scenario, servers: &Servers, options: &Options) -> 
             let meter = Meter::begin(servers, worker.map(crate::worker::Worker::pid));
             let begin = Instant::now();
             let committed = write(&source, rows).await?;
-            let end = visible::marker(&target, 1).await?;
+            let end = follower.marker(&target).await?;
             let mut sample = meter.end(end.saturating_duration_since(committed).as_secs_f64(), worker);
             sample.insert("total_seconds", (end - begin).as_secs_f64());
             sample.insert("rows", rows as f64);
@@ -85,6 +85,14 @@ impl Follower {
         match self {
             Self::Sluice(worker) => Some(worker),
             Self::Native => None,
+        }
+    }
+
+    /// Waits until the last change is visible.
+    pub async fn marker(&self, target: &Client) -> Result<Instant> {
+        match self {
+            Self::Sluice(worker) => visible::marker_by(worker, target, 1).await,
+            Self::Native => visible::marker(target, 1).await,
         }
     }
 

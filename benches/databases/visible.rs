@@ -1,12 +1,13 @@
 //! Waiting for something to be seen, at a short and steady pace.
 
-use crate::Result;
 use crate::worker::Worker;
+use crate::{Error, Result};
+use sluice::worker::contract::Status;
 use std::time::{Duration, Instant};
 use tokio_postgres::Client;
 
 /// How often it is looked.
-const LOOK: Duration = Duration::from_millis(2);
+const LOOK: Duration = Duration::from_millis(5);
 /// A run that takes longer has failed.
 pub const LIMIT: u64 = 900;
 
@@ -32,18 +33,41 @@ pub async fn marker(target: &Client, id: i64) -> Result<Instant> {
     until(LIMIT, "the last change is visible", async || Ok(target.query_one(&look, &[&id]).await?.get(0))).await
 }
 
+/// The same for a worker; ends with what it says when it has stopped for good.
+pub async fn marker_by(worker: &Worker, target: &Client, id: i64) -> Result<Instant> {
+    tokio::select! {
+        seen = marker(target, id) => seen,
+        failure = stopped(worker) => Err(failure),
+    }
+}
+
+/// Waits until a worker stops for good, for a reason that does not pass by itself.
+async fn stopped(worker: &Worker) -> Error {
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if let Some(failure) = worker.status().await.and_then(|status| failure_of(&status, worker)) {
+            return failure;
+        }
+    }
+}
+
+fn failure_of(status: &Status, worker: &Worker) -> Option<Error> {
+    let failure = status.error.as_ref().filter(|failure| failure.class != "Retry")?;
+    Some(format!("the worker has stopped: {}: {}\n{}", failure.reason, failure.message, worker.log()).into())
+}
+
 /// Waits until the first row of a table can be seen, and with it all others that one transaction has brought.
 pub async fn first_row(target: &Client) -> Result<Instant> {
     let look = target.prepare("SELECT EXISTS (SELECT FROM data WHERE ctid = '(0,1)')").await?;
     until(LIMIT, "the rows are visible", async || Ok(target.query_one(&look, &[]).await?.get(0))).await
 }
 
-/// Waits for a status of a worker; fails at once with what a worker that has stopped says.
-pub async fn status(worker: &Worker, what: &str, check: impl Fn(&sluice::worker::contract::Status) -> bool) -> Result<Instant> {
+/// Waits for a status of a worker; ends with what it says when it has stopped for good.
+pub async fn status(worker: &Worker, what: &str, check: impl Fn(&Status) -> bool) -> Result<Instant> {
     until(LIMIT, what, async || {
         let status = worker.status().await;
-        if let Some(failure) = status.as_ref().and_then(|status| status.error.as_ref()) {
-            return Err(format!("the worker failed: {}: {}\n{}", failure.reason, failure.message, worker.log()).into());
+        if let Some(failure) = status.as_ref().and_then(|status| failure_of(status, worker)) {
+            return Err(failure);
         }
         Ok(status.is_some_and(|status| check(&status)))
     })

@@ -36,14 +36,14 @@ pub struct Cell {
     /// How to read it.
     pub kind: CellKind,
     offset: u32,
-    length: u32,
+    pub(super) length: u32,
 }
 
 /// A row image: a run of cells, one per column of the table version; absent when `count` is 0.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Image {
-    first: u32,
-    count: u32,
+    pub(super) first: u32,
+    pub(super) count: u32,
 }
 
 impl Image {
@@ -112,6 +112,11 @@ impl Batch {
     #[must_use]
     pub fn bytes(&self, cell: Cell) -> &[u8] {
         &self.arena[cell.offset as usize..(cell.offset + cell.length) as usize]
+    }
+
+    /// Cells of all images.
+    pub(super) fn all_cells(&self) -> &[Cell] {
+        &self.cells
     }
 
     /// Memory that the batch takes, in bytes.

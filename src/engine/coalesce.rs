@@ -1,18 +1,25 @@
 //! Turns the changes of a batch into an ordered list of set operations.
 //!
-//! Applying the steps of a [`Plan`] in order, each as one set, leaves the same rows as applying the changes one by one in
-//! the order of the log. Three rules make it so:
-//! * a set holds changes of one table, one action and one set of columns, and no key twice (neither as old nor as new);
-//! * a change lies in a set behind every set that holds one of its keys;
-//! * where keys are not independent of each other ([`Order::Table`], [`Order::All`]) a set holds only neighbours.
+//! Applying the steps of a [`Plan`] in order leaves the same rows as applying the changes one by one in the order of the
+//! log. What a table's changes become is said by its [`Order`]:
+//! * where rows are told apart by the bytes of their key, a run of changes becomes one net effect per row ([`net`]), written
+//!   as at most four sets: rows that go, rows that are written anew, rows that change in place, rows that come. A run ends
+//!   at a truncate, and wherever a change does not go with what the run knows of its keys;
+//! * everywhere else changes keep their order and only neighbours gather.
 //!
-//! A truncate is a barrier for its tables. Nothing is netted yet: each change stays a row of some statement.
+//! The strict rule stays: each row of a step must be there (or, to be inserted, must not), else the target's answer is an
+//! error.
 
-use super::batch::{Batch, Cell, CellKind, Change, Op};
+mod images;
+mod net;
+mod places;
+
+pub use images::Images;
+
+use super::batch::{Batch, Cell, CellKind, Change, Image, Op};
 use super::error::{Error, Result, reason};
-use std::collections::HashMap;
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{BuildHasherDefault, Hasher};
+use super::roles::Applied;
+use net::Net;
 
 #[cfg(test)]
 mod tests;
@@ -20,9 +27,13 @@ mod tests;
 /// Which changes of a table may overtake each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Changes of different keys. For tables with a key whose equality is equality of bytes, without any other unique
-    /// index or exclusion constraint on the target, and without foreign keys or triggers that fire.
+    /// Changes of different keys. For tables with a key whose equality is equality of bytes, where rows with different keys
+    /// are never in each other's way: no other unique index or exclusion constraint on the target, no foreign keys or
+    /// triggers that fire.
     Key,
+    /// As `Key`, but rows with different keys may want the same value of another unique index or exclusion constraint. So
+    /// what touches such a value is written in phases, and batches may not be applied side by side.
+    Guarded,
     /// None: commit order inside the table, which is independent of other tables.
     Table,
     /// None, and it keeps commit order with all other tables of this kind too (foreign keys, triggers).
@@ -36,6 +47,9 @@ pub struct TableRule<'a> {
     pub key: &'a [usize],
     /// Which changes may overtake each other.
     pub order: Order,
+    /// A row whose key changes may be written anew ([`Action::Rewrite`]). Where it may not, it is updated in its place in
+    /// commit order. Always so with [`Order::Guarded`].
+    pub rewrites: bool,
 }
 
 /// What one statement does.
@@ -47,333 +61,310 @@ pub enum Action {
     Update,
     /// Rows found by the key of their old image get new values, the key among them.
     UpdateKey,
+    /// Rows found by their key get new values, the key among them, in one statement for all rows: those whose key or
+    /// guarded columns change go, and come again when all of them are gone; the others change in place. The key is the old
+    /// image's where there is one.
+    Rewrite,
     /// Rows go.
     Delete,
-    /// All rows of the changes' tables go, in one statement.
-    Truncate,
 }
 
-/// One statement over many rows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// What it does.
+/// One row that a statement writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Names the row in the target; absent when the new image does.
+    pub old: Image,
+    /// Its new values; absent for a delete.
+    pub new: Image,
+}
+
+/// Many rows written alike.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Write {
+    /// What is done with them.
     pub action: Action,
-    /// Index into [`Batch::tables`]; for a truncate the first table of several.
+    /// Index into [`Batch::tables`].
     pub table: u32,
     /// Index into [`Plan::column_sets`].
     pub columns: u32,
-    /// Indices of its changes, in the order of the log.
-    pub changes: Vec<u32>,
+    /// The rows must be written one after the other; else no order is kept between them, and none is there twice.
+    pub one_by_one: bool,
+    /// The rows.
+    pub rows: Vec<Row>,
 }
 
-/// Columns of new images that the source left out since they did not change; ascending positions.
-pub type MissingColumns = Vec<u32>;
+/// One step of a plan.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Rows are written.
+    Write(Write),
+    /// All rows of these tables (indices into [`Batch::tables`]) go, in one statement.
+    Truncate(Vec<u32>),
+}
+
+/// Columns that new images leave out since the source did not send what did not change; ascending positions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ColumnSet {
+    /// No row has a value for these.
+    pub never: Vec<u32>,
+    /// Some rows have, some have not.
+    pub some: Vec<u32>,
+}
+
+impl ColumnSet {
+    /// What the new images of rows leave out.
+    #[must_use]
+    pub fn of(images: &Images<'_>, rows: &[Row]) -> Self {
+        let columns = rows.first().map_or(0, |row| images.cells(row.new).len());
+        let mut left_out = vec![0; columns];
+        for row in rows {
+            for (count, cell) in left_out.iter_mut().zip(images.cells(row.new)) {
+                *count += usize::from(is_unchanged(*cell));
+            }
+        }
+        let columns = || (0u32..).zip(&left_out);
+        Self {
+            never: columns().filter(|(_, count)| **count == rows.len()).map(|(column, _)| column).collect(),
+            some: columns().filter(|(_, count)| (1..rows.len()).contains(*count)).map(|(column, _)| column).collect(),
+        }
+    }
+}
 
 /// Set operations, to be done in this order.
 #[derive(Debug)]
-pub struct Plan {
+pub struct Plan<'a> {
     /// The statements.
     pub steps: Vec<Step>,
     /// Sets of left-out columns that occur; the first is the empty one.
-    pub column_sets: Vec<MissingColumns>,
+    pub column_sets: Vec<ColumnSet>,
+    /// What the rows of the steps refer to.
+    pub images: Images<'a>,
+    /// Changes of the source that are planned, truncates not counted; they may be fewer rows.
+    pub applied: Applied,
 }
 
-impl Plan {
-    /// Rows that the steps write; a truncate writes none.
+impl Plan<'_> {
+    /// Nothing is planned. Changes that cancel each other out are planned although they have no step.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty() && self.rows() == 0
+    }
+
+    /// Changes of the source that are planned, truncates not counted.
     #[must_use]
     pub fn rows(&self) -> i64 {
-        let rows = self.steps.iter().filter(|step| step.action != Action::Truncate).map(|step| step.changes.len());
-        i64::try_from(rows.sum::<usize>()).unwrap_or(i64::MAX)
+        let applied = &self.applied;
+        i64::try_from(applied.inserts + applied.updates + applied.deletes).unwrap_or(i64::MAX)
     }
 }
 
 /// Plans the changes for which `due` (by index) says yes. `rules` has one entry per table of the batch.
 ///
 /// Fails when an image that is needed to find a row was not sent.
-pub fn plan(batch: &Batch, rules: &[TableRule<'_>], due: impl Fn(&Change, usize) -> bool) -> Result<Plan> {
+pub fn plan<'a>(batch: &'a Batch, rules: &[TableRule<'_>], due: impl Fn(&Change, usize) -> bool) -> Result<Plan<'a>> {
     let mut planner = Planner::new(batch, rules);
     for (index, change) in batch.changes().iter().enumerate() {
         if due(change, index) {
-            planner.add(change, index as u32)?;
+            planner.add(change)?;
         } else {
             planner.skip(change);
         }
     }
-    Ok(Plan { steps: planner.steps, column_sets: planner.column_sets })
-}
-
-/// The last step of each key by the hash of its bytes. Two keys with one hash count as one: that costs a step and
-/// nothing else, so no key has to be kept.
-type LastSteps = HashMap<u64, u32, BuildHasherDefault<AlreadyHashed>>;
-
-#[derive(Default)]
-struct AlreadyHashed(u64);
-
-impl Hasher for AlreadyHashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("keys of this map are u64");
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
-}
-
-/// Steps of one table with the same action and columns, ascending.
-struct Alike {
-    action: Action,
-    columns: u32,
-    steps: Vec<u32>,
+    Ok(planner.finish())
 }
 
 /// What is known of one table while planning.
-#[derive(Default)]
-struct TableLane {
-    /// Nothing goes into a step before this one.
-    floor: u32,
-    /// Order::Key: the last step of each key.
-    last_of_key: LastSteps,
-    /// Order::Key: steps that can still take rows.
-    alike: Vec<Alike>,
-    /// Order::Key: how key cells are encoded. Equal keys have equal bytes only within one encoding.
-    encodings: Vec<CellKind>,
-    /// Order::Table: its last step.
-    last: Option<u32>,
+struct Lane {
+    /// Its run of changes, where there are net effects.
+    net: Net,
+    /// The last step, where commit order is kept.
+    last: Option<usize>,
 }
 
-struct Planner<'a> {
-    batch: &'a Batch,
-    rules: &'a [TableRule<'a>],
-    lanes: Vec<TableLane>,
+struct Planner<'a, 'r> {
+    rules: &'r [TableRule<'r>],
+    lanes: Vec<Lane>,
     /// Order::All: the last step of all its tables.
-    last_of_all: Option<u32>,
-    /// Group of the truncate seen just before.
-    truncating: Option<u32>,
-    steps: Vec<Step>,
-    column_sets: Vec<MissingColumns>,
-    missing: MissingColumns,
+    last_of_all: Option<usize>,
+    /// Group and tables of the truncate seen just before.
+    truncating: Option<(u32, Vec<u32>)>,
+    plan: Plan<'a>,
 }
 
-impl<'a> Planner<'a> {
-    fn new(batch: &'a Batch, rules: &'a [TableRule<'a>]) -> Self {
-        Self {
-            batch,
-            rules,
-            lanes: rules.iter().map(|_| TableLane::default()).collect(),
-            last_of_all: None,
-            truncating: None,
-            steps: Vec::new(),
-            column_sets: vec![Vec::new()],
-            missing: Vec::new(),
-        }
+impl<'a, 'r> Planner<'a, 'r> {
+    fn new(batch: &'a Batch, rules: &'r [TableRule<'r>]) -> Self {
+        let plan =
+            Plan { steps: Vec::new(), column_sets: vec![ColumnSet::default()], images: Images::new(batch), applied: Applied::default() };
+        let lanes = rules.iter().map(|_| Lane { net: Net::new(), last: None }).collect();
+        Self { rules, lanes, last_of_all: None, truncating: None, plan }
     }
 
-    fn add(&mut self, change: &Change, index: u32) -> Result<()> {
+    fn add(&mut self, change: &Change) -> Result<()> {
         if change.op == Op::Truncate {
-            self.truncate(change, index);
+            self.truncate(change);
             return Ok(());
         }
-        self.truncating = None;
+        self.end_truncate();
         let action = self.action(change)?;
-        let columns = match action {
-            Action::Update | Action::UpdateKey => self.columns(change),
-            Action::Insert | Action::Delete | Action::Truncate => 0,
-        };
-        let step = match self.rules[change.table as usize].order {
-            Order::Key => self.step_by_key(change, action, columns),
-            Order::Table | Order::All => self.step_in_order(change.table, action, columns),
-        };
-        self.steps[step as usize].changes.push(index);
-        Ok(())
+        let applied = &mut self.plan.applied;
+        *match change.op {
+            Op::Insert => &mut applied.inserts,
+            Op::Update => &mut applied.updates,
+            Op::Delete | Op::Truncate => &mut applied.deletes,
+        } += 1;
+        match self.rules[change.table as usize].order {
+            Order::Key | Order::Guarded => self.add_net(change, action),
+            Order::Table | Order::All => {
+                self.add_in_order(change, action);
+                Ok(())
+            }
+        }
     }
 
     fn skip(&mut self, change: &Change) {
         if change.op != Op::Truncate {
-            self.truncating = None;
+            self.end_truncate();
         }
+    }
+
+    fn finish(mut self) -> Plan<'a> {
+        self.end_truncate();
+        for table in 0..self.lanes.len() {
+            self.end_run(table as u32);
+        }
+        self.plan
     }
 
     /// What the change does, after looking whether all images that it needs are there.
     fn action(&self, change: &Change) -> Result<Action> {
         let key = self.rules[change.table as usize].key;
+        let images = &self.plan.images;
         let needs_new = matches!(change.op, Op::Insert | Op::Update);
         let needs_old = change.op == Op::Delete || (change.op == Op::Update && key.is_empty());
+        let left_out = || images.cells(change.new).iter().copied().any(is_unchanged);
         let wrong = if needs_new && !change.new.is_present() {
             Some("a new row without values")
         } else if needs_old && !change.old.is_present() {
             Some("an update or delete without the old row")
         } else if needs_old && key.is_empty() && !change.old_is_full {
             Some("an update or delete with only a part of the old row, for a table without a key")
-        } else if change.op == Op::Update && !change.old.is_present() && self.key_cells(change, Side::New).any(is_unchanged) {
+        } else if change.old.is_present() && self.key_leaves_out(change.old, key) {
+            Some("an old row without its key")
+        } else if change.op == Op::Update && !change.old.is_present() && self.key_leaves_out(change.new, key) {
             Some("an update without its key")
-        } else if change.op == Op::Insert && self.batch.cells(change.new).iter().copied().any(is_unchanged) {
+        } else if change.op == Op::Insert && left_out() {
             Some("a new row with a value left out")
         } else {
             None
         };
         if let Some(wrong) = wrong {
-            let table = &self.batch.table(change).name;
+            let table = &images.batch().table(change).name;
             return Err(Error::stop(reason::PROTOCOL_VIOLATION, format!("the source sent {wrong} (table {table})")));
         }
         Ok(match change.op {
             Op::Insert => Action::Insert,
-            Op::Update if self.key_moves(change) => Action::UpdateKey,
+            Op::Update if self.key_moves(change, key) => Action::UpdateKey,
             Op::Update => Action::Update,
-            Op::Delete => Action::Delete,
-            Op::Truncate => Action::Truncate,
+            Op::Delete | Op::Truncate => Action::Delete,
         })
     }
 
-    /// Key cells of one side. A key column that the new image leaves out is the old one's.
-    fn key_cells(&self, change: &Change, side: Side) -> impl Iterator<Item = Cell> + Clone + use<'a> {
-        let batch = self.batch;
-        let cells = |image| batch.cells(image);
-        let (first, fallback) = match side {
-            Side::Old => (cells(change.old), cells(change.old)),
-            Side::New if change.old.is_present() => (cells(change.new), cells(change.old)),
-            Side::New => (cells(change.new), cells(change.new)),
-        };
-        let key = self.rules[change.table as usize].key;
-        key.iter().map(move |&column| if is_unchanged(first[column]) { fallback[column] } else { first[column] })
+    fn key_leaves_out(&self, image: Image, key: &[usize]) -> bool {
+        let cells = self.plan.images.cells(image);
+        key.iter().any(|&column| is_unchanged(cells[column]))
     }
 
-    fn key_moves(&self, change: &Change) -> bool {
-        let same = |(old, new): (Cell, Cell)| old.kind == new.kind && self.batch.bytes(old) == self.batch.bytes(new);
-        change.old.is_present() && !self.key_cells(change, Side::Old).zip(self.key_cells(change, Side::New)).all(same)
+    /// A key column that the new image leaves out has not changed.
+    fn key_moves(&self, change: &Change, key: &[usize]) -> bool {
+        let images = &self.plan.images;
+        let (old, new) = (images.cells(change.old), images.cells(change.new));
+        let differs = |old: Cell, new: Cell| old.kind != new.kind || images.bytes(old) != images.bytes(new);
+        change.old.is_present() && key.iter().any(|&column| !is_unchanged(new[column]) && differs(old[column], new[column]))
     }
 
-    /// Number of the set of columns that the new image leaves out.
-    fn columns(&mut self, change: &Change) -> u32 {
-        self.missing.clear();
-        let cells = self.batch.cells(change.new).iter().zip(0u32..);
-        self.missing.extend(cells.filter(|(cell, _)| is_unchanged(**cell)).map(|(_, column)| column));
-        let known = self.column_sets.iter().position(|set| *set == self.missing);
-        let number = known.unwrap_or_else(|| {
-            self.column_sets.push(self.missing.clone());
-            self.column_sets.len() - 1
-        });
-        number as u32
-    }
-
-    /// A step of the same kind behind all steps with a key of the change; the earliest, so that rows gather.
-    fn step_by_key(&mut self, change: &Change, action: Action, columns: u32) -> u32 {
-        let side = if action == Action::Delete { Side::Old } else { Side::New };
-        self.split_where_encodings_change(change, side);
-        let hash = self.hash(change, side);
-        let old_hash = if action == Action::UpdateKey { self.hash(change, Side::Old) } else { hash };
-
-        let end = self.steps.len() as u32;
-        let lane = &mut self.lanes[change.table as usize];
-        let behind = |hash: &u64| lane.last_of_key.get(hash).map_or(0, |last| last + 1);
-        let earliest = lane.floor.max(behind(&hash)).max(behind(&old_hash));
-        let alike = match lane.alike.iter().position(|alike| alike.action == action && alike.columns == columns) {
-            Some(position) => &mut lane.alike[position],
-            None => lane.alike.push_mut(Alike { action, columns, steps: Vec::new() }),
-        };
-        let place = alike.steps.partition_point(|step| *step < earliest);
-        let step = alike.steps.get(place).copied().unwrap_or(end);
-        if step == end {
-            alike.steps.push(end);
+    fn add_net(&mut self, change: &Change, action: Action) -> Result<()> {
+        let (table, rule) = (change.table, self.rules[change.table as usize]);
+        let moves = action == Action::UpdateKey;
+        if moves && !(rule.rewrites || rule.order == Order::Guarded) {
+            self.end_run(table);
+            self.add_in_order(change, action);
+            return Ok(());
         }
-        lane.last_of_key.insert(hash, step);
-        lane.last_of_key.insert(old_hash, step);
-        if step == end {
-            self.new_step(action, change.table, columns);
+        let mut facts = self.lanes[table as usize].net.add(&mut self.plan.images, change, rule.key, moves);
+        if facts.is_none() {
+            self.end_run(table);
+            facts = self.lanes[table as usize].net.add(&mut self.plan.images, change, rule.key, moves);
         }
-        step
+        let facts = facts.ok_or_else(|| Error::bug("a change does not go with an empty run"))?;
+        if facts.mixed {
+            self.end_run(table);
+        }
+        Ok(())
     }
 
-    /// The last step of the lane when it is of the same kind, else a new one. Updates stand alone: whether a value of
-    /// another unique index moves from row to row can't be seen.
-    fn step_in_order(&mut self, table: u32, action: Action, columns: u32) -> u32 {
-        let rule = self.rules[table as usize];
-        let last = match rule.order {
-            Order::All => self.last_of_all,
-            Order::Key | Order::Table => self.lanes[table as usize].last,
-        };
-        let gathers = action == Action::Insert || (action == Action::Delete && !rule.key.is_empty());
-        if let Some(last) = last
-            && gathers
-            && self.steps[last as usize].action == action
-            && self.steps[last as usize].table == table
+    /// Writes down what a table's run has led to.
+    fn end_run(&mut self, table: u32) {
+        let lane = &mut self.lanes[table as usize];
+        let phases = lane.net.end(&self.plan.images, &self.rules[table as usize]);
+        for (action, rows) in phases.writes.into_iter().filter(|(_, rows)| !rows.is_empty()) {
+            let writes_some = phases.leaves_out && matches!(action, Action::Rewrite | Action::Update);
+            let columns = if writes_some { self.columns(ColumnSet::of(&self.plan.images, &rows)) } else { 0 };
+            self.plan.steps.push(Step::Write(Write { action, table, columns, one_by_one: false, rows }));
+            self.lanes[table as usize].last = None;
+        }
+    }
+
+    /// Number of a column set.
+    fn columns(&mut self, set: ColumnSet) -> u32 {
+        let sets = &mut self.plan.column_sets;
+        let known = sets.iter().position(|known| *known == set);
+        known.unwrap_or_else(|| {
+            sets.push(set);
+            sets.len() - 1
+        }) as u32
+    }
+
+    /// To the last step of its order when it is of the same kind, else to a new one. Updates go one by one: whether they
+    /// are independent of each other can't be seen.
+    fn add_in_order(&mut self, change: &Change, action: Action) {
+        let rule = self.rules[change.table as usize];
+        let row = Row { old: change.old, new: change.new };
+        let updates = matches!(action, Action::Update | Action::UpdateKey);
+        let columns = if updates { self.columns(ColumnSet::of(&self.plan.images, &[row])) } else { 0 };
+        let last = if rule.order == Order::All { self.last_of_all } else { self.lanes[change.table as usize].last };
+        if let Some(Step::Write(write)) = last.and_then(|last| self.plan.steps.get_mut(last))
+            && (write.action, write.table, write.columns) == (action, change.table, columns)
         {
-            return last;
+            write.rows.push(row);
+            return;
         }
-        let step = self.new_step(action, table, columns);
-        self.lanes[table as usize].last = Some(step);
+        let one_by_one = updates || (action == Action::Delete && rule.key.is_empty());
+        self.plan.steps.push(Step::Write(Write { action, table: change.table, columns, one_by_one, rows: vec![row] }));
+        let last = Some(self.plan.steps.len() - 1);
+        self.lanes[change.table as usize].last = last;
         if rule.order == Order::All {
-            self.last_of_all = Some(step);
-        }
-        step
-    }
-
-    fn truncate(&mut self, change: &Change, index: u32) {
-        let table = change.table as usize;
-        if self.truncating == Some(change.group) {
-            // The step is the last one: nothing but truncates of the same statement came after it.
-            if let Some(step) = self.steps.last_mut() {
-                step.changes.push(index);
-            }
-        } else {
-            let step = self.new_step(Action::Truncate, change.table, 0);
-            self.steps[step as usize].changes.push(index);
-            self.truncating = Some(change.group);
-        }
-        let end = self.steps.len() as u32;
-        self.lanes[table].raise_floor(end);
-        self.lanes[table].last = Some(end - 1);
-        if self.rules[table].order == Order::All {
-            self.last_of_all = Some(end - 1);
+            self.last_of_all = last;
         }
     }
 
-    fn new_step(&mut self, action: Action, table: u32, columns: u32) -> u32 {
-        self.steps.push(Step { action, table, columns, changes: Vec::new() });
-        (self.steps.len() - 1) as u32
+    /// Truncates of one statement are gathered; they end what came before in their tables.
+    fn truncate(&mut self, change: &Change) {
+        if self.truncating.as_ref().is_some_and(|(group, _)| *group != change.group) {
+            self.end_truncate();
+        }
+        self.end_run(change.table);
+        self.lanes[change.table as usize].last = None;
+        if self.rules[change.table as usize].order == Order::All {
+            self.last_of_all = None;
+        }
+        self.truncating.get_or_insert_with(|| (change.group, Vec::new())).1.push(change.table);
     }
 
-    /// Equal keys are found by equal bytes. Where the encoding of a key column changes, all that came before is kept before.
-    fn split_where_encodings_change(&mut self, change: &Change, side: Side) {
-        let end = self.steps.len() as u32;
-        let kinds = self.key_cells(change, side).map(|cell| cell.kind);
-        let old_side = if change.old.is_present() { Side::Old } else { side };
-        let mixed = !kinds.clone().eq(self.key_cells(change, old_side).map(|cell| cell.kind));
-        let lane = &mut self.lanes[change.table as usize];
-        if mixed || !lane.encodings.iter().copied().eq(kinds.clone()) {
-            lane.raise_floor(end);
-            lane.encodings.clear();
-            // After a change with both encodings nothing is known: the next one splits again.
-            lane.encodings.extend(kinds.filter(|_| !mixed));
+    fn end_truncate(&mut self) {
+        if let Some((_, tables)) = self.truncating.take() {
+            self.plan.steps.push(Step::Truncate(tables));
         }
     }
-
-    fn hash(&self, change: &Change, side: Side) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        for cell in self.key_cells(change, side) {
-            let bytes = self.batch.bytes(cell);
-            hasher.write_usize(bytes.len());
-            hasher.write(bytes);
-        }
-        hasher.finish()
-    }
-}
-
-impl TableLane {
-    fn raise_floor(&mut self, step: u32) {
-        self.floor = step;
-        self.last_of_key.clear();
-        self.alike.clear();
-    }
-}
-
-#[derive(Clone, Copy)]
-enum Side {
-    Old,
-    New,
 }
 
 fn is_unchanged(cell: Cell) -> bool {

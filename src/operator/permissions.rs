@@ -66,7 +66,9 @@ fn needed(options: &Options) -> Vec<Right> {
     add(own, "", "secrets", None, &["create"]);
     add(own, "", "secrets", Some(&options.signing_key_secret), &["get"]);
     add(own, "events.k8s.io", "events", None, &["create", "patch"]);
-    add(None, "admissionregistration.k8s.io", "validatingadmissionpolicies", Some(&options.deletion_policy_name), &["get"]);
+    for kind in ["validatingadmissionpolicies", "validatingadmissionpolicybindings"] {
+        add(None, "admissionregistration.k8s.io", kind, Some(&options.deletion_policy_name), &["get"]);
+    }
     rights
 }
 

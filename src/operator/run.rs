@@ -116,6 +116,8 @@ impl Runtime {
         let ctx = Context::new(client, options, metrics, health, keys)?;
         drop(starting);
         background.spawn(tell_missing_permissions(ctx.clone()));
+        let (namespace, secret) = (ctx.options.namespace.clone(), ctx.options.signing_key_secret.clone());
+        background.spawn(signing::follow(ctx.client.clone(), namespace, secret, ctx.signing_keys.clone(), signing::PACE));
 
         if !ctx.options.leader_election {
             return work(&ctx, &shutdown, self.controllers, std::future::pending()).await;

@@ -1,33 +1,51 @@
-//! The keys that sign calls to workers: Ed25519, in a Secret of the operator's own namespace, made at the first start.
-//!
-//! Rotation without a gap: put a second key under [`NEXT`] and restart the operator, so that workers learn both public keys; then
-//! move it to [`CURRENT`] and restart again.
+//! The keys that sign calls to workers: Ed25519, in a Secret of the operator's own namespace, made at the first start and when it is
+//! missing. It is read again and again, so that a key can be rotated without a restart: put a second one under [`NEXT`], so that workers
+//! learn both public keys, then move it to [`CURRENT`]. See `docs/src/security.md`.
 
+use super::backoff::spread;
 use super::error::{ErrorClass, OperatorError, Result};
 use crate::worker::token::{self, SigningKey, TokenError};
+use futures::Stream;
+use futures::stream::unfold;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::PostParams;
 use kube::{Api, Client};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
 
 /// Key of the Secret with the private key that signs, PKCS#8 (DER).
 pub const CURRENT: &str = "ed25519.pk8";
 /// Key of the Secret with the private key that will sign next; optional.
 pub const NEXT: &str = "next.pk8";
 
-/// What signs calls to workers, and what workers check them with. Cheap to clone.
+/// Pace at which the Secret is read again.
+pub const PACE: Duration = Duration::from_secs(60);
+
+/// What signs calls to workers, and what workers check them with. Cheap to clone; clones share what [`follow`] finds.
 #[derive(Clone, Debug)]
 pub struct SigningKeys {
-    current: Arc<SigningKey>,
-    next: Option<Arc<SigningKey>>,
+    keys: Arc<watch::Sender<Arc<Keys>>>,
+}
+
+#[derive(Debug)]
+struct Keys {
+    current: SigningKey,
+    next: Option<SigningKey>,
+}
+
+impl Keys {
+    fn public(&self) -> Vec<String> {
+        std::iter::once(&self.current).chain(&self.next).map(SigningKey::public_key_base64).collect()
+    }
 }
 
 impl SigningKeys {
     /// Keys that live in this process only.
     pub fn new(current: SigningKey, next: Option<SigningKey>) -> Self {
-        Self { current: Arc::new(current), next: next.map(Arc::new) }
+        Self { keys: Arc::new(watch::Sender::new(Arc::new(Keys { current, next }))) }
     }
 
     /// A token for one call with this body to the worker of the Mirror with this uid.
@@ -35,12 +53,27 @@ impl SigningKeys {
     /// # Errors
     /// The crypto library refuses to sign.
     pub fn sign(&self, audience_uid: &str, body: &[u8]) -> Result<String, TokenError> {
-        token::sign(&self.current, audience_uid, body)
+        let keys = Arc::clone(&self.keys.borrow());
+        token::sign(&keys.current, audience_uid, body)
     }
 
     /// For the desired document: the current key, and the next while one is being rotated in.
     pub fn public_keys(&self) -> Vec<String> {
-        std::iter::once(&self.current).chain(&self.next).map(|key| key.public_key_base64()).collect()
+        self.keys.borrow().public()
+    }
+
+    /// One item per change, for `Controller::reconcile_all_on`: every worker has to learn the new public keys.
+    pub fn changes(&self) -> impl Stream<Item = ()> + Send + 'static + use<> {
+        unfold(self.keys.subscribe(), |mut keys| async move { keys.changed().await.ok().map(|()| ((), keys)) })
+    }
+
+    fn take(&self, newer: &Self) {
+        let newer = Arc::clone(&newer.keys.borrow());
+        let is_other = newer.public() != self.public_keys();
+        if is_other {
+            tracing::info!("the key that signs calls to workers has changed");
+            self.keys.send_replace(newer);
+        }
     }
 }
 
@@ -60,6 +93,17 @@ pub async fn load_or_create(client: &Client, namespace: &str, name: &str) -> Res
         }
         Err(kube::Error::Api(status)) if status.is_already_exists() => read(name, &api.get(name).await?),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Keeps `keys` as the Secret has them, for ever. While it can't be read, the last ones go on.
+pub async fn follow(client: Client, namespace: String, name: String, keys: SigningKeys, pace: Duration) {
+    loop {
+        tokio::time::sleep(spread(pace)).await;
+        match load_or_create(&client, &namespace, &name).await {
+            Ok(found) => keys.take(&found),
+            Err(error) => tracing::warn!(%error, "the signing key can't be read; the last one goes on"),
+        }
     }
 }
 

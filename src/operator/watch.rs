@@ -355,6 +355,13 @@ pub struct SlimDeploymentStatus {
 }
 
 impl<K: Watchable> Watched<K> {
+    /// Tells of each change, when the cache knows it.
+    #[must_use]
+    pub fn telling(mut self, mut tell: impl FnMut(&K) + Send + 'static) -> Self {
+        self.changes = self.changes.inspect(move |change| change.iter().for_each(&mut tell)).boxed();
+        self
+    }
+
     /// The changes that `predicate` lets through.
     pub fn only(self, predicate: impl Predicate<K> + Send + 'static) -> impl Stream<Item = watcher::Result<K>> + Send + 'static {
         self.changes.predicate_filter(predicate, kube::runtime::utils::PredicateConfig::default())

@@ -28,9 +28,14 @@ async fn a_slot_belongs_to_one_mirror() {
     stage.delete::<Mirror>("copy").await;
     eventually(20, "the copy is gone", async || stage.is_gone::<Mirror>("copy").await).await;
     assert!(stage.databases.slots().is_empty(), "the other one's slot stays");
+
+    // Whoever waits for a slot has it as soon as the other one is gone, not at its own slow pace.
+    stage.mirror("heir", json!({"slotName": "mine"})).await;
+    stage.until("heir", "False", "InvalidSpec").await;
     stage.delete::<Mirror>("orders").await;
     eventually(20, "the Mirror is gone", async || stage.is_gone::<Mirror>("orders").await).await;
     assert_eq!(stage.databases.slots(), ["mine"]);
+    eventually(10, "the heir is set up", async || set_up("heir").await && stage.get::<Deployment>("heir-worker").await.is_some()).await;
     stage.end().await;
 }
 

@@ -28,22 +28,26 @@ use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers};
 use sluice::operator::health::Health;
 use sluice::operator::metrics::Metrics;
 use sluice::operator::shutdown::Shutdown;
-use sluice::operator::signing::SigningKeys;
+use sluice::operator::signing::{self, SigningKeys};
 use sluice::operator::{Context, Options, binding, connection, mirror, poller};
 use sluice::resources::conditions::{self, kind};
 use sluice::resources::names::worker_labels;
 use sluice::resources::{Mirror, MirrorStatus, Source, Target, crds};
 use sluice::worker::contract::{Desired, MirrorId, Status};
-use sluice::worker::token::{self, SigningKey};
+use sluice::worker::token;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 /// A kind that tests create and read.
 pub trait Kind: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned {}
 impl<K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned> Kind for K {}
+
+/// Secret at home with the key that signs calls to workers.
+const SIGNING_KEY: &str = "sluice-signing-key";
 
 /// One server behind every host but `down`; nothing can be dropped while `broken`.
 #[derive(Default)]
@@ -155,7 +159,7 @@ impl Stage {
         server.install(crds::all()).await;
         let (namespace, home) = (server.namespace("mirror").await, server.namespace("operator").await);
         let client = server.client().await;
-        let keys = SigningKeys::new(SigningKey::generate().expect("a key"), None);
+        let keys = signing::load_or_create(&client, &home, SIGNING_KEY).await.expect("a key");
         let stage = Self { server, client, namespace, home, databases: Arc::default(), keys, chart: None, operator: None };
         for name in ["source-login", "target-login"] {
             stage
@@ -185,7 +189,19 @@ impl Stage {
         mirror::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
         binding::spawn(&mut tasks, &ctx, &shutdown);
         tasks.spawn(poller::run(ctx.poller.clone(), ctx.workers.clone(), ctx.metrics.clone(), shutdown.clone()));
+        let follow =
+            signing::follow(self.client.clone(), self.home.clone(), SIGNING_KEY.into(), self.keys.clone(), Duration::from_millis(200));
+        let ends = shutdown.clone();
+        tasks.spawn(async move {
+            ends.run_until_cancelled(follow).await;
+        });
         self.operator = Some(Operator { metrics, shutdown, tasks });
+    }
+
+    /// Changes the Secret of the key that signs calls to workers.
+    pub async fn patch_signing_key(&self, data: Value) {
+        let secrets = Api::<Secret>::namespaced(self.client.clone(), &self.home);
+        secrets.patch(SIGNING_KEY, &PatchParams::default(), &Patch::Merge(json!({"data": data}))).await.expect("patched");
     }
 
     /// Makes what the chart makes of accounts and rights; in all namespaces when `scopes` is empty.

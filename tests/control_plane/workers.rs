@@ -2,10 +2,14 @@
 
 use crate::stage::{Kind, Stage};
 use crate::support::eventually;
+use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use sluice::resources::names::{IN_USE_FINALIZER, MIRROR_FINALIZER, RESTART_HASH, TOUCHED};
 use sluice::resources::{Mirror, Source, Target};
@@ -194,11 +198,75 @@ async fn a_failing_pod_is_explained() {
         "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}},
     }]}});
     let api = stage.api::<Pod>();
-    let patch = kube::api::Patch::Merge(crashed);
-    api.patch_status("orders-worker-0", &kube::api::PatchParams::default(), &patch).await.expect("patched");
+    let patch = Patch::Merge(crashed);
+    api.patch_status("orders-worker-0", &PatchParams::default(), &patch).await.expect("patched");
     stage.until("orders", "False", "WorkerFailed").await;
     let error = stage.status("orders").await.last_error.expect("an error");
     assert!(error.contains("memory") && error.contains("5 times"), "{error}");
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_never_starts_is_stalled_until_its_image_is_corrected() {
+    let mut stage = Stage::set_with(|options| options.worker_image = "sluice:typo".into()).await;
+    let mirror = stage.with_worker(json!({})).await;
+    drop(stage.run_worker(&mirror, json!({})).await);
+    // As the kubelet says it, four minutes ago.
+    let since = Timestamp::now() - Duration::from_secs(240);
+    let pulls = |since: Timestamp| {
+        json!({"status": {
+            "phase": "Pending", "conditions": [{"type": "Ready", "status": "False", "lastTransitionTime": Time(since)}],
+            "containerStatuses": [{"name": "worker", "image": "sluice:typo", "imageID": "", "ready": false, "restartCount": 0,
+                "state": {"waiting": {"reason": "ImagePullBackOff", "message": "sluice:typo: not found"}}}],
+        }})
+    };
+    let api = stage.api::<Pod>();
+    let kubelet_says = async |status: Value| {
+        api.patch_status("orders-worker-0", &PatchParams::default(), &Patch::Merge(status)).await.expect("patched");
+    };
+    kubelet_says(pulls(Timestamp::now())).await;
+    stage.until("orders", "False", "WorkerFailed").await;
+    assert_eq!(stage.condition("orders", "Stalled").await.0, "False", "a registry may have a bad minute");
+    kubelet_says(pulls(since)).await;
+    let stalled = async || stage.condition("orders", "Stalled").await == ("True".into(), "WorkerFailed".into());
+    eventually(20, "stalled", stalled).await;
+    assert_eq!(stage.condition("orders", "Reconciling").await.0, "False");
+    let error = stage.status("orders").await.last_error.expect("an error");
+    assert!(error.contains("sluice:typo: not found") && error.contains("correct the image"), "{error}");
+
+    // The release is corrected; the Deployment of a worker that runs would be left alone.
+    stage.stop_operator().await;
+    stage.start_operator(|options| options.worker_image = "sluice:2".into()).await;
+    let is_corrected = async || stage.get::<Deployment>("orders-worker").await.is_some_and(|deployment| image(&deployment) == "sluice:2");
+    eventually(20, "the new image", is_corrected).await;
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signing_key_is_rotated_without_a_restart_and_without_a_gap() {
+    let stage = Stage::set().await;
+    let worker = stage.streaming(json!({})).await;
+    let keys = async || stage.document().await.expect("a document").public_keys;
+    let old = keys().await;
+    assert_eq!(old.len(), 1);
+    // As the book says.
+    let made = std::process::Command::new("openssl").args(["genpkey", "-algorithm", "ed25519", "-outform", "DER"]).output();
+    let next = ByteString(made.expect("openssl runs").stdout);
+    stage.patch_signing_key(json!({"next.pk8": next})).await;
+    let knows_both = async || worker.pushed().last().is_some_and(|pushed| pushed.public_keys.len() == 2);
+    eventually(20, "the worker knows both keys", knows_both).await;
+    let both = keys().await;
+    assert_eq!(both[0], old[0]);
+
+    stage.patch_signing_key(json!({"ed25519.pk8": next, "next.pk8": null})).await;
+    let knows_new = async || worker.pushed().last().is_some_and(|pushed| pushed.public_keys == both[1..]);
+    eventually(20, "the worker knows the new key only", knows_new).await;
+    // It is the key that signs.
+    stage.patch::<Mirror>("orders", json!({"spec": {"suspend": true}})).await;
+    stage.until("orders", "True", "Suspended").await;
+    assert!(worker.pushed().last().is_some_and(|pushed| pushed.suspend));
+    let polls = |result: &str| stage.counted(&format!("sluice_operator_poll_total{{result=\"{result}\""));
+    assert!(polls("ok") > 0 && polls("WorkerUnauthorized") == 0, "no call was refused");
     stage.end().await;
 }
 

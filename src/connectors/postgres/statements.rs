@@ -3,12 +3,13 @@
 //! Two shapes: a *row* statement has one parameter per value, a *set* statement one array per column. In a set, columns
 //! that the source sends as text come as `text[]` and are cast, without a type modifier, so that a value that is too long
 //! fails and is never cut; binary ones come as arrays of the column's type. Updates and deletes of sets say which of their
-//! rows they have hit, so that a missing row can be named.
+//! rows they have hit, so that a missing row can be named. A column that only some rows of a set have a value for has a second
+//! array that says which rows keep what is there.
 
 use super::ddl::{Equality, TargetTable};
 use super::sql::{qualified, quote_ident};
-use crate::engine::batch::{Batch, Cell, Change};
-use crate::engine::coalesce::{Action, MissingColumns, Order};
+use crate::engine::batch::Cell;
+use crate::engine::coalesce::{Action, ColumnSet, Images, Order, Row, TableRule};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::ApplyMode;
 use crate::engine::table::{Identity, MappedTable, QualifiedName, TableVersion};
@@ -21,6 +22,10 @@ pub(super) enum Side {
     Old,
     /// The new row.
     New,
+    /// The new row where it has a value, else NULL.
+    NewOrKept,
+    /// Whether the new row has no value, as a boolean.
+    Kept,
     /// The old row where it was sent, else the new one: the values that name the row in the target.
     Key,
 }
@@ -33,14 +38,20 @@ pub(super) struct Parameter {
 }
 
 impl Parameter {
-    /// Its value in a change.
-    pub fn cell(self, batch: &Batch, change: &Change) -> Cell {
+    /// Its cell in a row.
+    pub fn cell(self, images: &Images<'_>, row: Row) -> Cell {
         let image = match self.side {
-            Side::New => change.new,
-            Side::Key if !change.old.is_present() => change.new,
-            Side::Old | Side::Key => change.old,
+            Side::New | Side::NewOrKept | Side::Kept => row.new,
+            Side::Key if !row.old.is_present() => row.new,
+            Side::Old | Side::Key => row.old,
         };
-        batch.cells(image)[self.column]
+        images.cells(image)[self.column]
+    }
+
+    /// Bytes that its value takes.
+    pub fn size(self, images: &Images<'_>, row: Row) -> usize {
+        const LENGTH: usize = 4;
+        LENGTH + if self.side == Side::Kept { 1 } else { images.bytes(self.cell(images, row)).len() }
     }
 }
 
@@ -70,6 +81,12 @@ pub(super) struct TableWriter {
     /// Positions of the columns that name a row; empty: the whole old row does.
     pub key: Vec<usize>,
     pub order: Order,
+    /// A row may be deleted and inserted anew.
+    rewrites: bool,
+    /// Positions of the columns that other unique indexes and exclusion constraints look at.
+    guarded: Vec<usize>,
+    /// Quoted names of the target's columns that are not mirrored and can be written.
+    others: Vec<String>,
     /// The unique index on the key.
     pub key_index: Option<String>,
     /// Quoted.
@@ -110,23 +127,39 @@ impl TableWriter {
             ApplyMode::Ordered => present.has_foreign_keys || !present.triggers.is_empty(),
         };
         let by_bytes = key.iter().all(|&column| columns[column].equality == Equality::Bytes);
+        // Without replica role a row is never deleted to be inserted anew; and a set can't carry arrays of arrays.
+        let rewrites = mode == ApplyMode::Replica && !columns.iter().any(|column| column.is_array);
+        let restricted = present.restricts_more_than(&key_names);
         let order = if fires {
             Order::All
-        } else if key.is_empty() || !by_bytes || present.restricts_more_than(&key_names) {
+        } else if key.is_empty() || !by_bytes || (restricted && !rewrites) {
             Order::Table
+        } else if restricted {
+            Order::Guarded
         } else {
             Order::Key
         };
+        let guarded = present.guarded_besides(&key_names);
+        let mirrored = |name: &str| version.columns.iter().any(|column| column.name == name);
+        let others = present.columns.iter().filter(|column| !column.generated && !mirrored(&column.name));
         Ok(Self {
             version: Arc::clone(version),
             target: table.target.clone(),
             order,
+            rewrites,
+            guarded: (0..columns.len()).filter(|&column| guarded.contains(&version.columns[column].name.as_str())).collect(),
+            others: others.map(|column| quote_ident(&column.name)).collect(),
             key_index: present.key_index(&key_names).map(|index| index.name.clone()),
             name: qualified(&table.target),
             columns,
             partitioned: present.partitioned,
             key,
         })
+    }
+
+    /// What a plan must know of the table.
+    pub fn rule(&self) -> TableRule<'_> {
+        TableRule { key: &self.key, order: self.order, rewrites: self.rewrites }
     }
 
     /// Quoted name.
@@ -139,31 +172,39 @@ impl TableWriter {
         self.key.iter().map(|&column| self.columns[column].name.as_str())
     }
 
-    /// Parameters of a statement, in order: first what finds the row, then what is written.
-    pub fn parameters(&self, action: Action, missing: &MissingColumns) -> Vec<Parameter> {
+    /// Parameters of a statement, in order: first what finds the row, then what is written, then what is kept.
+    pub fn parameters(&self, action: Action, columns: &ColumnSet) -> Vec<Parameter> {
         let finds = |columns: &mut dyn Iterator<Item = usize>, side| columns.map(|column| Parameter { column, side }).collect::<Vec<_>>();
         let mut parameters = match action {
-            Action::Insert | Action::Truncate => Vec::new(),
-            Action::Update | Action::UpdateKey | Action::Delete if self.key.is_empty() => finds(&mut (0..self.columns.len()), Side::Old),
-            Action::Update | Action::UpdateKey | Action::Delete => finds(&mut self.key.iter().copied(), Side::Key),
+            Action::Insert => Vec::new(),
+            _ if self.key.is_empty() => finds(&mut (0..self.columns.len()), Side::Old),
+            Action::Update | Action::UpdateKey | Action::Rewrite | Action::Delete => finds(&mut self.key.iter().copied(), Side::Key),
         };
-        parameters.extend(self.written(action, missing).map(|column| Parameter { column, side: Side::New }));
+        let some = |column: usize| columns.some.binary_search(&(column as u32)).is_ok();
+        let side = |column| if some(column) { Side::NewOrKept } else { Side::New };
+        parameters.extend(self.written(action, columns).map(|column| Parameter { column, side: side(column) }));
+        parameters
+            .extend(self.written(action, columns).filter(|column| some(*column)).map(|column| Parameter { column, side: Side::Kept }));
         parameters
     }
 
     /// Columns that a statement writes. A key that does not move is not written.
-    fn written(&self, action: Action, missing: &MissingColumns) -> impl Iterator<Item = usize> {
+    fn written(&self, action: Action, columns: &ColumnSet) -> impl Iterator<Item = usize> {
         let keeps_key = action == Action::Update;
-        let writes = matches!(action, Action::Insert | Action::Update | Action::UpdateKey);
-        (0..if writes { self.columns.len() } else { 0 })
-            .filter(move |column| !(keeps_key && self.key.contains(column)) && missing.binary_search(&(*column as u32)).is_err())
+        let count = if action == Action::Delete { 0 } else { self.columns.len() };
+        (0..count)
+            .filter(move |column| !(keeps_key && self.key.contains(column)) && columns.never.binary_search(&(*column as u32)).is_err())
     }
 
     /// Whether a set statement can carry these parameters: rows without a key are found one by one, and there are no
     /// arrays of arrays.
     pub fn has_set_form(&self, action: Action, parameters: &[Parameter], encodings: &Encodings) -> bool {
         let found_by_key = action == Action::Insert || !self.key.is_empty();
-        found_by_key && parameters.iter().zip(encodings).all(|(parameter, binary)| !(*binary && self.columns[parameter.column].is_array))
+        found_by_key
+            && parameters
+                .iter()
+                .zip(encodings)
+                .all(|(parameter, binary)| !(*binary && self.columns[parameter.column].is_array && parameter.side != Side::Kept))
     }
 
     /// Whether binary values of a column mean the same on both servers.
@@ -177,8 +218,8 @@ impl TableWriter {
     }
 
     /// One row per execution, one parameter per value.
-    pub fn row_statement(&self, action: Action, missing: &MissingColumns) -> String {
-        let parameters = self.parameters(action, missing);
+    pub fn row_statement(&self, action: Action, columns: &ColumnSet) -> String {
+        let parameters = self.parameters(action, columns);
         let value = |number: usize| format!("${}::{}", number + 1, self.columns[parameters[number].column].cast);
         let name = &self.name;
         if action == Action::Insert {
@@ -202,44 +243,64 @@ impl TableWriter {
         format!("UPDATE {name} AS t SET {} WHERE {condition}", self.assignments(set))
     }
 
-    /// Many rows per execution, one array per column. Updates and deletes return an array with the numbers, from 1, of the
+    /// Many rows per execution, one array per column. All but inserts return an array with the numbers, from 1, of the
     /// rows that they have hit.
-    pub fn set_statement(&self, action: Action, missing: &MissingColumns, encodings: &Encodings) -> String {
-        let parameters = self.parameters(action, missing);
-        let cast = |number: usize| &self.columns[parameters[number].column].cast;
-        let value = |number: usize| match encodings[number] {
-            true => format!("s.c{number}"),
-            false => format!("s.c{number}::{}", cast(number)),
-        };
-        let arrays = (0..parameters.len()).map(|number| match encodings[number] {
-            true => format!("${}::{}[]", number + 1, cast(number)),
-            false => format!("${}::text[]", number + 1),
-        });
-        let arrays = arrays.collect::<Vec<_>>().join(", ");
-        let aliases = (0..parameters.len()).map(|number| format!("c{number}")).collect::<Vec<_>>().join(", ");
-        let name = &self.name;
+    pub fn set_statement(&self, action: Action, columns: &ColumnSet, encodings: &Encodings) -> String {
+        let set = SetTexts::new(self, action, columns, encodings);
+        let (name, arrays, aliases) = (&self.name, &set.arrays, &set.aliases);
         if action == Action::Insert {
-            let values: Vec<String> = (0..parameters.len()).map(value).collect();
+            let values: Vec<&str> = set.written.iter().map(|(_, value)| value.as_str()).collect();
             return format!(
                 "INSERT INTO {name} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM unnest({arrays}) AS s({aliases})",
-                self.idents(&parameters),
+                self.idents(&set.parameters),
                 values.join(", ")
             );
         }
-        let finders = self.key.len();
-        let equal = (0..finders).map(|number| {
-            let column = &self.columns[parameters[number].column];
-            format!("t.{} {} {}", column.ident, column.operator, value(number))
-        });
-        let condition = equal.collect::<Vec<_>>().join(" AND ");
         let rows = format!("unnest({arrays}) WITH ORDINALITY AS s({aliases}, n)");
-        let change = if action == Action::Delete {
-            format!("DELETE FROM {name} AS t USING {rows} WHERE {condition}")
-        } else {
-            let set = (finders..parameters.len()).map(|number| (parameters[number].column, value(number)));
-            format!("UPDATE {name} AS t SET {} FROM {rows} WHERE {condition}", self.assignments(set))
+        let found = &set.found;
+        let change = match action {
+            Action::Delete => format!("DELETE FROM {name} AS t USING {rows} WHERE {found}"),
+            Action::Rewrite => return self.rewrite(&set, &rows),
+            _ => format!("UPDATE {name} AS t SET {} FROM {rows} WHERE {found}", self.assignments(set.written.into_iter())),
         };
         format!("WITH hit AS ({change} RETURNING s.n::int4 AS n) SELECT array_agg(n) FROM hit")
+    }
+
+    /// One statement in which rows whose key or guarded columns change are deleted and inserted anew, and the others
+    /// are updated in place. All parts of a statement see the table as it was before, so that each row is in
+    /// exactly one of the two. Parts of a `WITH` run side by side (manual: "Data-Modifying Statements in WITH"); what is
+    /// sorted is complete before its first row comes out, so that no row is inserted before the last one is deleted.
+    /// Columns that are not mirrored are carried over.
+    fn rewrite(&self, set: &SetTexts, rows: &str) -> String {
+        let name = &self.name;
+        let found = &set.found;
+        let ident = |column: usize| &self.columns[column].ident;
+        let written =
+            |wanted: &dyn Fn(usize) -> bool| set.written.iter().filter(|(column, _)| wanted(*column)).cloned().collect::<Vec<_>>();
+        let decides = |column: usize| self.key.contains(&column) || self.guarded.contains(&column);
+        let (theirs, ours): (Vec<String>, Vec<String>) =
+            written(&decides).into_iter().map(|(column, value)| (format!("t.{}", ident(column)), value)).unzip();
+        // Compares bytes, so that nothing that an index could see goes unnoticed.
+        let moves = format!("pg_catalog.record_image_ne(ROW({}), ROW({}))", theirs.join(", "), ours.join(", "));
+
+        let value = |column: usize| set.written.iter().find(|(written, _)| *written == column).map(|(_, value)| value.clone());
+        let mirrored = (0..self.columns.len()).map(|column| (ident(column), value(column)));
+        let all: Vec<(&String, Option<String>)> = mirrored.chain(self.others.iter().map(|ident| (ident, None))).collect();
+        let returned = all.iter().zip(0..).map(|((ident, value), number)| match value {
+            Some(value) => format!("{value} AS v{number}"),
+            None => format!("t.{ident} AS v{number}"),
+        });
+        let returned = returned.collect::<Vec<_>>().join(", ");
+        let idents = all.iter().map(|(ident, _)| ident.as_str()).collect::<Vec<_>>().join(", ");
+        let values = (0..all.len()).map(|number| format!("v{number}")).collect::<Vec<_>>().join(", ");
+        let stays = self.assignments(written(&|column| !decides(column)).into_iter());
+        format!(
+            "WITH s AS MATERIALIZED (SELECT * FROM {rows}), \
+             stays AS (UPDATE {name} AS t SET {stays} FROM s WHERE {found} AND NOT {moves} RETURNING s.n::int4 AS n), \
+             goes AS (DELETE FROM {name} AS t USING s WHERE {found} AND {moves} RETURNING s.n::int4 AS n, {returned}), \
+             comes AS (INSERT INTO {name} ({idents}) OVERRIDING SYSTEM VALUE SELECT {values} FROM goes ORDER BY n) \
+             SELECT array_agg(n) FROM (SELECT n FROM stays UNION ALL SELECT n FROM goes) AS hit"
+        )
     }
 
     fn idents(&self, parameters: &[Parameter]) -> String {
@@ -276,6 +337,54 @@ impl TableWriter {
         let order = if identical.is_empty() { String::new() } else { format!(" ORDER BY {identical} DESC") };
         let (ours, theirs) = if self.partitioned { ("(t.tableoid, t.ctid)", "x.tableoid, x.ctid") } else { ("t.ctid", "x.ctid") };
         format!("{ours} = (SELECT {theirs} FROM {} AS x WHERE {alike}{order} LIMIT 1)", self.name)
+    }
+}
+
+/// Pieces of a set statement; its rows are called `s`, the target's `t`.
+struct SetTexts {
+    parameters: Vec<Parameter>,
+    /// The arrays, as arguments of `unnest`.
+    arrays: String,
+    /// Their columns' names.
+    aliases: String,
+    /// The condition that finds a row by its key.
+    found: String,
+    /// What is written: column and value.
+    written: Vec<(usize, String)>,
+}
+
+impl SetTexts {
+    fn new(writer: &TableWriter, action: Action, columns: &ColumnSet, encodings: &Encodings) -> Self {
+        let parameters = writer.parameters(action, columns);
+        let column = |number: usize| &writer.columns[parameters[number].column];
+        let value = |number: usize| match encodings[number] {
+            true => format!("s.c{number}"),
+            false => format!("s.c{number}::{}", column(number).cast),
+        };
+        let array = |number: usize| match (parameters[number].side, encodings[number]) {
+            (Side::Kept, _) => format!("${}::bool[]", number + 1),
+            (_, true) => format!("${}::{}[]", number + 1, column(number).cast),
+            (_, false) => format!("${}::text[]", number + 1),
+        };
+        let finders = if action == Action::Insert { 0 } else { writer.key.len() };
+        let equal = (0..finders).map(|number| format!("t.{} {} {}", column(number).ident, column(number).operator, value(number)));
+        let found = equal.collect::<Vec<_>>().join(" AND ");
+        let kept_by = |wanted: usize| parameters.iter().position(|kept| kept.side == Side::Kept && kept.column == wanted);
+        let written = (finders..parameters.len()).filter(|&number| parameters[number].side != Side::Kept).map(|number| {
+            let place = parameters[number].column;
+            let written = match kept_by(place) {
+                Some(kept) => format!("CASE WHEN s.c{kept} THEN t.{} ELSE {} END", column(number).ident, value(number)),
+                None => value(number),
+            };
+            (place, written)
+        });
+        Self {
+            arrays: (0..parameters.len()).map(array).collect::<Vec<_>>().join(", "),
+            aliases: (0..parameters.len()).map(|number| format!("c{number}")).collect::<Vec<_>>().join(", "),
+            found,
+            written: written.collect(),
+            parameters,
+        }
     }
 }
 

@@ -180,8 +180,7 @@ fn failed(failure: &Failure) -> Vec<Finding> {
 }
 
 fn protection(enforced: Option<bool>) -> Finding {
-    const MISSING: &str =
-        "no ValidatingAdmissionPolicy enforces spec.deletionProtection; install it (deletionProtection.enabled of the chart)";
+    const MISSING: &str = "no ValidatingAdmissionPolicy with a binding enforces spec.deletionProtection; install both (deletionProtection.enabled of the chart)";
     match enforced {
         Some(true) => Finding::yes(kind::DELETION_PROTECTED, reason::POLICY_IN_FORCE, ""),
         Some(false) => Finding::no(kind::DELETION_PROTECTED, reason::POLICY_MISSING, MISSING),

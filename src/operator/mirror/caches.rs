@@ -4,7 +4,7 @@ use super::peer::Peer;
 use super::plan;
 use super::sharing::is_same_server;
 use crate::operator::watch::{SlimDeployment, SlimPod};
-use crate::resources::names::{MIRROR_LABEL, MIRROR_UID_LABEL};
+use crate::resources::names::{MIRROR_FINALIZER, MIRROR_LABEL, MIRROR_UID_LABEL, has_finalizer};
 use crate::resources::{LocalRef, Mirror, Source, Target};
 use kube::ResourceExt as _;
 use kube::runtime::reflector::store::WriterDropped;
@@ -113,4 +113,13 @@ pub fn users(mirrors: &Store<Mirror>, namespace: Option<&str>, name: &str, of: f
     all.filter(|mirror| mirror.metadata.namespace.as_deref() == namespace && of(mirror).name == name)
         .map(|mirror| ObjectRef::from_obj(mirror.as_ref()))
         .collect()
+}
+
+/// Mirrors that may have waited for the slot of `gone`: those that name it and have not been set up. None while it is still there.
+pub fn waiting_for(mirrors: &Store<Mirror>, gone: &Mirror) -> Vec<ObjectRef<Mirror>> {
+    if gone.spec.slot_name.is_none() || mirrors.get(&ObjectRef::from_obj(gone)).is_some() {
+        return vec![];
+    }
+    let waits = |other: &Mirror| other.spec.slot_name == gone.spec.slot_name && !has_finalizer(&other.metadata, MIRROR_FINALIZER);
+    mirrors.state().iter().filter(|other| waits(other)).map(|other| ObjectRef::from_obj(other.as_ref())).collect()
 }

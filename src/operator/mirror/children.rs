@@ -2,7 +2,7 @@
 
 use super::controller::Mirrors;
 use super::intent::Intent;
-use super::observe::Observed;
+use super::observe::{Observed, is_stuck};
 use super::peer::{Peer, Side};
 use super::plan;
 use super::problem::Problem;
@@ -157,7 +157,9 @@ impl Mirrors {
         let planned = plan::deployment(mirror, source, target, &image, &self.ctx.options.release);
         let seen = live.deployment.as_ref().map(|deployment| &deployment.metadata);
         let policy = mirror.spec.worker.as_ref().map(|worker| worker.update_policy).unwrap_or_default();
-        match rollout::decide(seen, &planned, intent.resumes, policy) {
+        // Of a worker that can't even start nothing is lost: a corrected image reaches it without further ado.
+        let is_free = intent.resumes || is_stuck(&self.caches.pods(mirror));
+        match rollout::decide(seen, &planned, is_free, policy) {
             Decision::Keep => return Ok(false),
             Decision::Roll if !self.may_roll(mirror) => return Ok(true),
             Decision::Roll => info!(image = image.name, "the worker moves to the current release"),

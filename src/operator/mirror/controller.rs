@@ -1,6 +1,6 @@
 //! The loop of one Mirror, as a list of steps, and the watches that wake it.
 
-use super::caches::{Caches, PodNames, users};
+use super::caches::{Caches, PodNames, users, waiting_for};
 use super::children::{Applied, LiveChildren};
 use super::intent::{Found, Intent, intend};
 use super::memory::Memory;
@@ -23,6 +23,7 @@ use crate::resources::conditions::{self, kind, reason};
 use crate::resources::names::{self, MIRROR_FINALIZER, MIRROR_LABEL, WORKER_SELECTOR, has_finalizer, worker_name};
 use crate::resources::{Mirror, MirrorStatus, Source, Target};
 use crate::worker::contract::DESIRED_FILE;
+use futures::channel::mpsc;
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::{Action, Controller};
@@ -39,6 +40,8 @@ pub const CONTROLLER: &str = "mirror";
 const STEADY: Duration = Duration::from_secs(600);
 /// Pace of a Mirror on its way, for what no watch tells.
 const MOVING: Duration = Duration::from_secs(60);
+/// Mirrors that are woken at once when a slot becomes free.
+const WAITING_MIRRORS: usize = 256;
 /// Pace while a worker has not taken what it was told, or waits for its turn.
 const WAITING: Duration = Duration::from_secs(5);
 
@@ -65,6 +68,14 @@ pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, d
         pod_names: Arc::new(PodNames::default()),
     };
     let store = mirrors.store.clone();
+    let (mut freed, waiting) = mpsc::channel(WAITING_MIRRORS);
+    let known = store.clone();
+    let mirrors = mirrors.telling(move |gone| {
+        for mirror in waiting_for(&known, gone) {
+            // When there are too many, the rest finds out at its own pace.
+            let _ = freed.try_send(mirror);
+        }
+    });
     let (of_source, of_target, pod_names) = (store.clone(), store.clone(), Arc::clone(&caches.pod_names));
     let controller = Controller::for_stream(mirrors.only(beyond_status()), store.clone())
         .watches_stream(sources.only(any_change()), move |source| {
@@ -75,6 +86,8 @@ pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, d
         })
         .watches_stream(deployments.only(any_change()), |deployment| owner(&deployment))
         .watches_stream(pods.only(any_change()), move |pod| pod_names.note(&pod))
+        .reconcile_on(waiting)
+        .reconcile_all_on(ctx.signing_keys.changes())
         .reconcile_on(ctx.poller.changes());
     let this = Arc::new(Mirrors { ctx: Arc::clone(ctx), databases, caches, memory: Memory::default() });
     let pass = move |mirror: Arc<Mirror>, _| {
@@ -161,7 +174,7 @@ impl Mirrors {
             None => self.ctx.poller.unregister(uid),
         }
         let deployment = self.caches.deployment(mirror);
-        observe(deployment.as_deref(), &pods, self.ctx.poller.latest(uid).as_ref())
+        observe(deployment.as_deref(), &pods, self.ctx.poller.latest(uid).as_ref(), Timestamp::now())
     }
 
     /// Pushes the document to a worker that does not follow it yet. Returns whether there is such a worker.

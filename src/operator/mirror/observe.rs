@@ -4,6 +4,9 @@ use crate::operator::poller::Polled;
 use crate::operator::watch::{SlimContainerStatus, SlimDeployment, SlimPod, Why};
 use crate::operator::worker_client::{WorkerError, address};
 use crate::worker::contract::{PORT, Status};
+use k8s_openapi::api::core::v1::PodCondition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,17 +14,25 @@ use std::time::Duration;
 const PORT_NAME: &str = "http";
 /// How long a worker whose pod is not ready may be silent before that is worth a word of its own.
 const COMING_UP: Duration = Duration::from_secs(60);
-/// Why a container does not start, and only a change of something helps.
-const CANNOT_START: [&str; 8] = [
-    "ImagePullBackOff",
-    "ErrImagePull",
-    "ErrImageNeverPull",
-    "InvalidImageName",
-    "CreateContainerConfigError",
-    "CreateContainerError",
-    "RunContainerError",
-    "CrashLoopBackOff",
+/// How long a container may fail to start, before only a human can help: registries have bad minutes.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// The same for a pod without a node, or without what it mounts: autoscalers and volumes take minutes.
+const LONG_PATIENCE: Duration = Duration::from_secs(600);
+/// What to do about an image.
+const PULL: &str = "correct the image (spec.worker.image, or image and worker.image of the chart), or let the node pull it";
+/// Why a container does not start, by the kubelet's reasons, and what to do.
+const CANNOT_START: [(&str, &str); 8] = [
+    ("ImagePullBackOff", PULL),
+    ("ErrImagePull", PULL),
+    ("ImageInspectError", PULL),
+    ("InvalidImageName", PULL),
+    ("ErrImageNeverPull", "load the image onto the node, or let the node pull it (worker.imagePullPolicy of the chart)"),
+    ("CreateContainerConfigError", "make what it names"),
+    ("CreateContainerError", DESCRIBE),
+    ("RunContainerError", DESCRIBE),
 ];
+/// Where more is said.
+const DESCRIBE: &str = "see `kubectl describe pod`";
 
 /// What is known of a Mirror's worker.
 #[derive(Clone, Debug)]
@@ -44,7 +55,12 @@ pub enum Worker {
     /// Nothing runs yet, for this reason.
     Starting(String),
     /// Its pod does not start, for this reason.
-    CannotStart(String),
+    CannotStart {
+        /// For people, with what to do.
+        why: String,
+        /// For so long that it will not by itself.
+        lasts: bool,
+    },
     /// Its pod starts and ends again and again, for this reason.
     KeepsEnding(String),
     /// It runs and does not answer.
@@ -65,12 +81,15 @@ impl Worker {
     }
 }
 
-/// Puts together what is seen. `pods` are those of this Mirror.
-pub fn observe(deployment: Option<&SlimDeployment>, pods: &[Arc<SlimPod>], polled: Option<&Polled>) -> Observed {
+/// Puts together what is seen `now`. `pods` are those of this Mirror.
+pub fn observe(deployment: Option<&SlimDeployment>, pods: &[Arc<SlimPod>], polled: Option<&Polled>, now: Timestamp) -> Observed {
     let pod = current(pods);
     Observed {
         exists: deployment.is_some(),
-        worker: pod.map_or_else(|| Worker::Starting(without_pod(deployment, pods)).refused(deployment), |pod| judged(pod, polled)),
+        worker: match pod {
+            Some(pod) => judged(pod, polled, now),
+            None => refused(deployment, now).unwrap_or_else(|| Worker::Starting(without_pod(deployment, pods))),
+        },
         pod: pod.and_then(|pod| pod.metadata.name.clone()),
         address: pod.and_then(address_of),
         image: pod.and_then(|pod| Some(pod.status.container_statuses.first()?.image.clone())).filter(|image| !image.is_empty()),
@@ -82,6 +101,11 @@ pub fn current(pods: &[Arc<SlimPod>]) -> Option<&SlimPod> {
     let alive = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none() && !is_over(pod));
     let age = |pod: &SlimPod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
     alive.max_by_key(|pod| (pod.is_ready(), age(pod), pod.metadata.name.clone())).map(AsRef::as_ref)
+}
+
+/// Whether the pod that counts can't start as it is, so that nothing is lost when another template takes its place.
+pub fn is_stuck(pods: &[Arc<SlimPod>]) -> bool {
+    current(pods).is_some_and(|pod| pod.status.container_statuses.iter().any(|container| obstacle(container).is_some()))
 }
 
 fn is_over(pod: &SlimPod) -> bool {
@@ -110,26 +134,30 @@ fn without_pod(deployment: Option<&SlimDeployment>, pods: &[Arc<SlimPod>]) -> St
     if pods.is_empty() { "the worker's pod is awaited" } else { "the worker's last pod is ending" }.to_owned()
 }
 
-impl Worker {
-    /// Quota, admission and the like refuse pods of the Deployment.
-    fn refused(self, deployment: Option<&SlimDeployment>) -> Self {
-        let conditions = deployment.map_or(&[][..], |deployment| &deployment.status.conditions);
-        match conditions.iter().find(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True") {
-            Some(failure) => {
-                Self::CannotStart(format!("the worker's pod is refused: {}", failure.message.as_deref().unwrap_or("no reason")))
-            }
-            None => self,
-        }
-    }
+/// Quota, admission and the like refuse pods of the Deployment.
+fn refused(deployment: Option<&SlimDeployment>, now: Timestamp) -> Option<Worker> {
+    let mut conditions = deployment?.status.conditions.iter();
+    let failure = conditions.find(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")?;
+    let message = failure.message.as_deref().unwrap_or("no reason");
+    let why = format!("the worker's pod is refused: {message}; raise the quota, or change what refuses it");
+    Some(Worker::CannotStart { why, lasts: is_longer(failure.last_transition_time.as_ref(), PATIENCE, now) })
+}
+
+/// Whether more than `patience` has passed since then; not, when nobody knows.
+fn is_longer(since: Option<&Time>, patience: Duration, now: Timestamp) -> bool {
+    since.is_some_and(|since| now.duration_since(since.0).unsigned_abs() > patience && now > since.0)
 }
 
 /// What the worker says goes before what its pod looks like: the kubelet is slower.
-fn judged(pod: &SlimPod, polled: Option<&Polled>) -> Worker {
+fn judged(pod: &SlimPod, polled: Option<&Polled>, now: Timestamp) -> Worker {
     if let Some(status) = polled.filter(|polled| polled.current().is_some()).and_then(|polled| polled.status.as_ref()) {
         return Worker::Answers(Arc::clone(&status.0));
     }
     if let Some(trouble) = pod.status.container_statuses.iter().find_map(trouble) {
         return trouble;
+    }
+    if let Some(why) = pod.status.container_statuses.iter().find_map(obstacle) {
+        return Worker::CannotStart { why, lasts: is_longer(since(pod, "Ready"), PATIENCE, now) };
     }
     if let Some(failure) = polled.and_then(|polled| polled.failure.as_ref()) {
         return match &failure.error {
@@ -139,35 +167,56 @@ fn judged(pod: &SlimPod, polled: Option<&Polled>) -> Worker {
             _ => Worker::Starting("the worker is starting".to_owned()),
         };
     }
-    Worker::Starting(pending(pod))
+    pending(pod, now)
 }
 
-fn pending(pod: &SlimPod) -> String {
-    let scheduled = pod.status.conditions.iter().find(|condition| condition.type_ == "PodScheduled");
-    if let Some(unscheduled) = scheduled.filter(|condition| condition.status == "False") {
-        let why = unscheduled.message.as_deref().unwrap_or("no node is free");
-        return format!("the worker's pod waits for a node ({}): {why}", unscheduled.reason.as_deref().unwrap_or("Unschedulable"));
-    }
+fn condition<'a>(pod: &'a SlimPod, kind: &str) -> Option<&'a PodCondition> {
+    pod.status.conditions.iter().find(|condition| condition.type_ == kind)
+}
+
+/// Since when a condition of the pod is what it is; before the kubelet has said so, since the pod was made.
+fn since<'a>(pod: &'a SlimPod, kind: &str) -> Option<&'a Time> {
+    condition(pod, kind).and_then(|condition| condition.last_transition_time.as_ref()).or(pod.metadata.creation_timestamp.as_ref())
+}
+
+/// A pod of which nothing bad is known but that it does not run.
+fn pending(pod: &SlimPod, now: Timestamp) -> Worker {
+    let unscheduled = condition(pod, "PodScheduled").filter(|condition| condition.status == "False");
     let waiting = pod.status.container_statuses.iter().find_map(|container| container.state.waiting.as_ref());
-    match waiting.and_then(|waiting| waiting.reason.as_deref()) {
-        Some(reason) => format!("the worker is starting ({reason})"),
-        None => "the worker is starting".to_owned(),
+    let (why, cure) = match (unscheduled, waiting.and_then(|waiting| waiting.reason.as_deref())) {
+        (Some(unscheduled), _) => {
+            let (reason, why) = (unscheduled.reason.as_deref(), unscheduled.message.as_deref());
+            let (reason, why) = (reason.unwrap_or("Unschedulable"), why.unwrap_or("no node is free"));
+            let cure = "make room, or change spec.worker.resources, nodeSelector or tolerations";
+            (format!("the worker's pod waits for a node ({reason}): {why}"), cure)
+        }
+        (None, Some(reason)) => (format!("the worker is starting ({reason})"), DESCRIBE),
+        (None, None) => ("the worker is starting".to_owned(), DESCRIBE),
+    };
+    let is_pending = pod.status.phase.as_deref() == Some("Pending");
+    if is_pending && is_longer(since(pod, "PodScheduled"), LONG_PATIENCE, now) {
+        return Worker::CannotStart { why: format!("{why}, for more than {} minutes; {cure}", LONG_PATIENCE.as_secs() / 60), lasts: true };
     }
+    Worker::Starting(why)
 }
 
-/// What is wrong with a container that does not run.
+/// What is wrong with a container that has run.
 fn trouble(container: &SlimContainerStatus) -> Option<Worker> {
     if let Some(ended) = &container.state.terminated {
         return Some(Worker::KeepsEnding(format!("the worker has ended: {}", explained(ended))));
     }
+    let is_waiting = container.state.waiting.as_ref()?.reason.as_deref() == Some("CrashLoopBackOff");
+    let last = container.last_state.terminated.as_ref().map_or_else(|| "for an unknown reason".to_owned(), explained);
+    let why = format!("the worker was restarted {} times and ended again: {last}", container.restart_count);
+    is_waiting.then_some(Worker::KeepsEnding(why))
+}
+
+/// Why a container does not start, and what to do about it.
+fn obstacle(container: &SlimContainerStatus) -> Option<String> {
     let waiting = container.state.waiting.as_ref()?;
-    let reason = waiting.reason.as_deref().filter(|reason| CANNOT_START.contains(reason))?;
-    if reason == "CrashLoopBackOff" {
-        let last = container.last_state.terminated.as_ref().map_or_else(|| "for an unknown reason".to_owned(), explained);
-        return Some(Worker::KeepsEnding(format!("the worker was restarted {} times and ended again: {last}", container.restart_count)));
-    }
-    let message = waiting.message.as_deref().unwrap_or("see `kubectl describe pod`");
-    Some(Worker::CannotStart(format!("the worker cannot start ({reason}): {message}")))
+    let (reason, cure) = CANNOT_START.iter().find(|(reason, _)| waiting.reason.as_deref() == Some(reason))?;
+    let message = waiting.message.as_deref().unwrap_or("the kubelet does not say more");
+    Some(format!("the worker cannot start ({reason}): {message}; {cure}"))
 }
 
 /// Why a container ended, in words. Exit codes as in the worker's `--help`; beyond 128 they name a signal.
@@ -211,13 +260,18 @@ mod tests {
     }
 
     fn seen(pod: Arc<SlimPod>) -> (&'static str, String) {
-        words(observe(Some(&deployment()), &[pod], None).worker)
+        words(observe(Some(&deployment()), &[pod], None, at("2026-01-01T00:00:10Z")).worker)
+    }
+
+    fn at(time: &str) -> Timestamp {
+        time.parse().expect("a time")
     }
 
     fn words(worker: Worker) -> (&'static str, String) {
         match worker {
             Worker::Starting(why) => ("starting", why),
-            Worker::CannotStart(why) => ("cannot start", why),
+            Worker::CannotStart { why, lasts: false } => ("cannot start", why),
+            Worker::CannotStart { why, lasts: true } => ("never starts", why),
             Worker::KeepsEnding(why) => ("keeps ending", why),
             Worker::Unreachable(why) => ("unreachable", why),
             Worker::Outdated(why) => ("outdated", why),
@@ -275,22 +329,56 @@ mod tests {
     }
 
     #[test]
+    fn what_does_not_start_for_long_needs_a_human() {
+        let seen = |pod: &Arc<SlimPod>, time| words(observe(Some(&deployment()), std::slice::from_ref(pod), None, at(time)).worker);
+        let with = |conditions: Value, state: Value| {
+            let one = json!({"name": "worker", "image": "sluice:1", "state": state});
+            pod(json!({"phase": "Pending", "conditions": conditions, "containerStatuses": [one]}))
+        };
+        for reason in ["ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"] {
+            let state = json!({"waiting": {"reason": reason, "message": "what the kubelet says"}});
+            let new = with(json!([]), state.clone());
+            assert!(is_stuck(std::slice::from_ref(&new)));
+            assert_eq!(seen(&new, "2026-01-01T00:03:00Z").0, "cannot start", "{reason}");
+            let (kind, why) = seen(&new, "2026-01-01T00:03:01Z");
+            assert!(kind == "never starts" && why.contains("what the kubelet says; ") && why.contains(reason), "{kind}: {why}");
+            // A pod that has run counts from its end.
+            let ran = json!([{"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-05T00:00:00Z"}]);
+            assert_eq!(seen(&with(ran, state), "2026-01-05T00:02:00Z").0, "cannot start", "{reason}");
+        }
+        let full = json!([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes", "lastTransitionTime": "2026-01-01T00:00:01Z"}]);
+        let homeless = pod(json!({"phase": "Pending", "conditions": full}));
+        assert_eq!(seen(&homeless, "2026-01-01T00:10:00Z").0, "starting", "a node may be on its way");
+        let (kind, why) = seen(&homeless, "2026-01-01T00:10:02Z");
+        assert!(kind == "never starts" && why.contains("0/3 nodes") && why.contains("spec.worker.resources"), "{kind}: {why}");
+        let unmounted = with(json!([]), json!({"waiting": {"reason": "ContainerCreating"}}));
+        assert_eq!(seen(&unmounted, "2026-01-01T00:10:00Z").0, "starting");
+        assert_eq!(seen(&unmounted, "2026-01-01T00:10:01Z").0, "never starts");
+        assert!(!is_stuck(&[homeless]) && !is_stuck(&[unmounted]));
+    }
+
+    #[test]
     fn without_a_pod_the_deployment_says_why() {
-        assert_eq!(words(observe(None, &[], None).worker).1, "there is no worker");
-        assert_eq!(words(observe(Some(&deployment()), &[], None).worker).1, "the worker's pod is awaited");
+        assert_eq!(words(observe(None, &[], None, Timestamp::UNIX_EPOCH).worker).1, "there is no worker");
+        assert_eq!(words(observe(Some(&deployment()), &[], None, Timestamp::UNIX_EPOCH).worker).1, "the worker's pod is awaited");
         let evicted = pod(json!({"phase": "Failed", "reason": "Evicted", "message": "too much storage"}));
-        assert!(words(observe(Some(&deployment()), &[evicted], None).worker).1.contains("Evicted: too much storage"));
-        let quota: SlimDeployment = serde_json::from_value(
-            json!({"metadata": {}, "status": {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}}),
-        )
-        .expect("a deployment");
-        assert_eq!(words(observe(Some(&quota), &[], None).worker), ("cannot start", "the worker's pod is refused: exceeded quota".into()));
+        assert!(
+            words(observe(Some(&deployment()), &[evicted], None, Timestamp::UNIX_EPOCH).worker).1.contains("Evicted: too much storage")
+        );
+        let failure =
+            json!({"type": "ReplicaFailure", "status": "True", "message": "exceeded quota", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+        let quota: SlimDeployment =
+            serde_json::from_value(json!({"metadata": {}, "status": {"conditions": [failure]}})).expect("a deployment");
+        let at = |time| words(observe(Some(&quota), &[], None, at(time)).worker);
+        let (kind, why) = at("2026-01-01T00:02:59Z");
+        assert!(kind == "cannot start" && why.starts_with("the worker's pod is refused: exceeded quota; "), "{kind}: {why}");
+        assert_eq!(at("2026-01-01T00:03:01Z").0, "never starts");
     }
 
     #[test]
     fn what_the_worker_says_goes_before_its_pod() {
         let crashed = container(json!({"waiting": {"reason": "CrashLoopBackOff"}}), json!({}));
-        let observed = observe(Some(&deployment()), &[crashed], Some(&answered()));
+        let observed = observe(Some(&deployment()), &[crashed], Some(&answered()), Timestamp::UNIX_EPOCH);
         assert_eq!(words(observed.worker).0, "answers");
         assert_eq!((observed.address.as_deref(), observed.image.as_deref()), (Some("10.0.0.1:8080"), Some("sluice:1")));
     }
@@ -299,7 +387,7 @@ mod tests {
     fn silence_is_judged_by_the_pods_readiness() {
         let silent = WorkerError::Unreachable { address: "a".into(), why: "timeout".into() };
         let ready = pod(json!({"phase": "Running", "podIP": "::1", "conditions": [{"type": "Ready", "status": "True"}]}));
-        let judge = |pod, error| words(observe(Some(&deployment()), &[pod], Some(&failed(error, 2))).worker).0;
+        let judge = |pod, error| words(observe(Some(&deployment()), &[pod], Some(&failed(error, 2)), Timestamp::UNIX_EPOCH).worker).0;
         assert_eq!(judge(Arc::clone(&ready), silent.clone()), "unreachable");
         assert_eq!(judge(container(json!({"running": {}}), json!({})), silent), "starting");
         assert_eq!(judge(ready, WorkerError::Contract(0)), "outdated");

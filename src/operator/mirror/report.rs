@@ -44,6 +44,8 @@ enum Situation<'a> {
     Starting(&'a str),
     /// Its pod fails.
     Failed(&'a str),
+    /// Its pod has not started for so long that it will not by itself.
+    Stuck(&'a str),
     /// It does not answer.
     Unreachable(&'a str),
     /// It speaks an old contract.
@@ -149,7 +151,8 @@ fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
         (Worker::Answers(status), _) => of_worker(status),
         (_, Some(problem)) if !observed.exists => Situation::Blocked(problem),
         (Worker::Starting(why), _) => Situation::Starting(why),
-        (Worker::CannotStart(why) | Worker::KeepsEnding(why), _) => Situation::Failed(why),
+        (Worker::CannotStart { why, lasts: true }, _) => Situation::Stuck(why),
+        (Worker::CannotStart { why, .. } | Worker::KeepsEnding(why), _) => Situation::Failed(why),
         (Worker::Unreachable(why), _) => Situation::Unreachable(why),
         (Worker::Outdated(why), _) => Situation::Outdated(why),
     }
@@ -159,7 +162,7 @@ fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
 fn is_suspended(facts: &Facts<'_>) -> bool {
     let rests = match &facts.observed.worker {
         Worker::Answers(status) => status.phase == Phase::Suspended,
-        Worker::Starting(_) | Worker::CannotStart(_) => facts.observed.pod.is_none() || !facts.observed.exists,
+        Worker::Starting(_) | Worker::CannotStart { .. } => facts.observed.pod.is_none() || !facts.observed.exists,
         Worker::KeepsEnding(_) | Worker::Unreachable(_) | Worker::Outdated(_) => false,
     };
     facts.mirror.spec.suspend && rests
@@ -230,7 +233,7 @@ fn reconciling(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
     let behind = facts.told.zip(status).is_some_and(|(told, status)| status.generation < told);
     let switching = facts.mirror.spec.suspend && !matches!(situation, Situation::Suspended);
     let progresses = match situation {
-        Situation::Suspended | Situation::Outdated(_) => false,
+        Situation::Suspended | Situation::Outdated(_) | Situation::Stuck(_) => false,
         Situation::Streaming => behind || switching,
         Situation::Blocked(problem) => !problem.needs_human,
         Situation::Broken(problem) => behind || switching || !problem.needs_human,
@@ -254,6 +257,7 @@ fn reconciling(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
 /// A wrong spec stalls also while the last good one goes on.
 fn stalled(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
     let broken = match situation {
+        Situation::Stuck(why) => return Finding::yes(kind::STALLED, reason::WORKER_FAILED, *why),
         Situation::Broken(problem) => Some(problem),
         _ => None,
     };
@@ -291,7 +295,7 @@ fn worker_available(observed: &Observed) -> Finding {
     match &observed.worker {
         Worker::Answers(_) => Finding::yes(kind::WORKER_AVAILABLE, reason::WORKER_RUNNING, "the worker answers"),
         Worker::Starting(why) => no(reason::WORKER_STARTING, why),
-        Worker::CannotStart(why) | Worker::KeepsEnding(why) => no(reason::WORKER_FAILED, why),
+        Worker::CannotStart { why, .. } | Worker::KeepsEnding(why) => no(reason::WORKER_FAILED, why),
         Worker::Unreachable(why) => no(reason::WORKER_UNREACHABLE, why),
         Worker::Outdated(why) => no(reason::WORKER_OUTDATED, why),
     }
@@ -311,7 +315,7 @@ impl Situation<'_> {
             Self::Suspended => reason::SUSPENDED,
             Self::Blocked(problem) => problem.reason,
             Self::Starting(_) => reason::WORKER_STARTING,
-            Self::Failed(_) => reason::WORKER_FAILED,
+            Self::Failed(_) | Self::Stuck(_) => reason::WORKER_FAILED,
             Self::Unreachable(_) => reason::WORKER_UNREACHABLE,
             Self::Outdated(_) => reason::WORKER_OUTDATED,
             Self::Working(reason, _) => reason,
@@ -325,7 +329,7 @@ impl Situation<'_> {
             Self::Suspended | Self::Streaming => String::new(),
             Self::Blocked(problem) => problem.message.clone(),
             Self::Broken(problem) => problem.message.clone(),
-            Self::Starting(why) | Self::Failed(why) | Self::Unreachable(why) | Self::Outdated(why) => (*why).to_owned(),
+            Self::Starting(why) | Self::Failed(why) | Self::Stuck(why) | Self::Unreachable(why) | Self::Outdated(why) => (*why).to_owned(),
             Self::Working(_, what) => what.clone(),
         }
     }
@@ -360,7 +364,7 @@ fn phase(situation: &Situation<'_>, observed: &Observed, old: &MirrorStatus) -> 
         Situation::Blocked(_) => "Pending".to_owned(),
         Situation::Starting(_) => "Pending".to_owned(),
         Situation::Failed(_) if matches!(observed.worker, Worker::KeepsEnding(_)) => "Retrying".to_owned(),
-        Situation::Failed(_) => "Pending".to_owned(),
+        Situation::Failed(_) | Situation::Stuck(_) => "Pending".to_owned(),
         // Nobody can say; the last word stays.
         Situation::Unreachable(_) | Situation::Outdated(_) => old.phase.clone().unwrap_or_else(|| "Pending".to_owned()),
         Situation::Working(reason, _) if *reason == reason::STARTING => {
@@ -373,7 +377,7 @@ fn phase(situation: &Situation<'_>, observed: &Observed, old: &MirrorStatus) -> 
 fn last_error(facts: &Facts<'_>, situation: &Situation<'_>) -> Option<String> {
     match situation {
         Situation::Broken(problem) => Some(format!("{}: {}", problem.reason, problem.message)),
-        Situation::Failed(why) => Some(format!("{}: {why}", reason::WORKER_FAILED)),
+        Situation::Failed(why) | Situation::Stuck(why) => Some(format!("{}: {why}", reason::WORKER_FAILED)),
         _ => facts.problem.filter(|problem| problem.needs_human).map(|problem| format!("{}: {}", problem.reason, problem.message)),
     }
 }

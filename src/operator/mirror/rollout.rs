@@ -18,19 +18,19 @@ const LEVEL: u64 = 1024 * 1024;
 pub enum Decision {
     /// It stays as it is, whatever a newer release would write.
     Keep,
-    /// It is made, or an input that needs a restart has changed, or the Mirror is resumed.
+    /// It is made, or an input that needs a restart has changed, or no work is interrupted.
     Apply,
     /// A new release, to be taken at once: when it is this worker's turn.
     Roll,
 }
 
-/// Decides. `live` is the metadata of what is there.
-pub fn decide(live: Option<&ObjectMeta>, desired: &Deployment, resumes: bool, policy: UpdatePolicy) -> Decision {
+/// Decides. `live` is the metadata of what is there; `is_free` when a restart interrupts no work, as when the Mirror is being resumed.
+pub fn decide(live: Option<&ObjectMeta>, desired: &Deployment, is_free: bool, policy: UpdatePolicy) -> Decision {
     let Some(live) = live else { return Decision::Apply };
     if live.deletion_timestamp.is_some() {
         return Decision::Keep;
     }
-    if restart_hash(live) != restart_hash(&desired.metadata) || resumes {
+    if restart_hash(live) != restart_hash(&desired.metadata) || is_free {
         return Decision::Apply;
     }
     if policy == UpdatePolicy::Immediate && !apply::is_applied(live, desired) { Decision::Roll } else { Decision::Keep }

@@ -1,7 +1,8 @@
 //! From cells in a batch's arena to the bytes of a parameter or of a `COPY`, in one copy.
 
-use super::super::statements::{Encodings, Parameter, TableWriter};
-use crate::engine::batch::{Batch, Cell, CellKind, Change};
+use super::super::statements::{Encodings, Parameter, Side, TableWriter};
+use crate::engine::batch::{Cell, CellKind};
+use crate::engine::coalesce::{Images, Row};
 use crate::engine::error::{Error, Result, reason};
 use bytes::{BufMut as _, BytesMut};
 use std::fmt;
@@ -20,7 +21,7 @@ pub(super) const COPY_TRAILER: &[u8] = &(-1i16).to_be_bytes();
 
 /// Rows that one statement can take: alike in encoding, bounded in size.
 pub(super) struct Chunk<'a> {
-    pub rows: &'a [u32],
+    pub rows: &'a [Row],
     pub encodings: Encodings,
     pub bytes: usize,
     /// All values have the same encoding, or there are only NULLs.
@@ -28,23 +29,28 @@ pub(super) struct Chunk<'a> {
 }
 
 /// Takes the next chunk from the front of `rows`.
-pub(super) fn next_chunk<'a>(batch: &Batch, writer: &TableWriter, parameters: &[Parameter], rows: &mut &'a [u32]) -> Result<Chunk<'a>> {
+pub(super) fn next_chunk<'a>(
+    images: &Images<'_>,
+    writer: &TableWriter,
+    parameters: &[Parameter],
+    rows: &mut &'a [Row],
+) -> Result<Chunk<'a>> {
     let mut known: Vec<Option<bool>> = vec![None; parameters.len()];
     let mut bytes = 0;
     let mut count = 0;
     for &row in *rows {
-        let change = &batch.changes()[row as usize];
-        let alike = |(parameter, known): (&Parameter, &Option<bool>)| match (parameter.cell(batch, change).kind, known) {
-            (CellKind::Text, Some(binary)) => !binary,
-            (CellKind::Binary, Some(binary)) => *binary,
+        let alike = |(parameter, known): (&Parameter, &Option<bool>)| match (parameter.side, parameter.cell(images, row).kind, known) {
+            (Side::Kept, ..) => true,
+            (_, CellKind::Text, Some(binary)) => !binary,
+            (_, CellKind::Binary, Some(binary)) => *binary,
             _ => true,
         };
-        let size: usize = parameters.iter().map(|parameter| batch.bytes(parameter.cell(batch, change)).len() + 4).sum();
+        let size: usize = parameters.iter().map(|parameter| parameter.size(images, row)).sum();
         if count > 0 && (bytes + size > STATEMENT_BYTES || !parameters.iter().zip(&known).all(alike)) {
             break;
         }
         for (parameter, known) in parameters.iter().zip(&mut known) {
-            let binary = encoding(writer, *parameter, parameter.cell(batch, change))?;
+            let binary = encoding(writer, *parameter, parameter.cell(images, row))?;
             *known = known.or(binary);
         }
         bytes += size;
@@ -65,6 +71,8 @@ pub(super) fn next_chunk<'a>(batch: &Batch, writer: &TableWriter, parameters: &[
 /// Whether a cell is binary; `None` for NULL.
 pub(super) fn encoding(writer: &TableWriter, parameter: Parameter, cell: Cell) -> Result<Option<bool>> {
     match cell.kind {
+        _ if parameter.side == Side::Kept => Ok(Some(true)),
+        CellKind::Unchanged if parameter.side == Side::NewOrKept => Ok(None),
         CellKind::Null => Ok(None),
         CellKind::Text => Ok(Some(false)),
         CellKind::Binary if writer.takes_binary(parameter.column) => Ok(Some(true)),
@@ -73,14 +81,14 @@ pub(super) fn encoding(writer: &TableWriter, parameter: Parameter, cell: Cell) -
         }
         CellKind::Unchanged => Err(Error::stop(
             reason::PROTOCOL_VIOLATION,
-            format!("the source left out a value that is needed to find a row of table {}", writer.version.name),
+            format!("the source left out a value that is needed for a row of table {}", writer.version.name),
         )),
     }
 }
 
 /// One value of one row, in the format in which it came.
 pub(super) struct OneCell<'a> {
-    pub batch: &'a Batch,
+    pub images: &'a Images<'a>,
     pub cell: Cell,
 }
 
@@ -95,7 +103,7 @@ impl ToSql for OneCell<'_> {
         if self.cell.kind == CellKind::Null {
             return Ok(IsNull::Yes);
         }
-        out.extend_from_slice(self.batch.bytes(self.cell));
+        out.extend_from_slice(self.images.bytes(self.cell));
         Ok(IsNull::No)
     }
 
@@ -115,8 +123,8 @@ impl ToSql for OneCell<'_> {
 
 /// One column of many rows, as a one-dimensional array.
 pub(super) struct CellArray<'a> {
-    pub batch: &'a Batch,
-    pub rows: &'a [u32],
+    pub images: &'a Images<'a>,
+    pub rows: &'a [Row],
     pub parameter: Parameter,
 }
 
@@ -139,7 +147,13 @@ impl ToSql for CellArray<'_> {
         out.put_i32(i32::try_from(self.rows.len())?);
         out.put_i32(1);
         for &row in self.rows {
-            put_field(self.batch, self.parameter.cell(self.batch, &self.batch.changes()[row as usize]), out);
+            let cell = self.parameter.cell(self.images, row);
+            if self.parameter.side == Side::Kept {
+                out.put_i32(1);
+                out.put_u8(u8::from(cell.kind == CellKind::Unchanged));
+            } else {
+                put_field(self.images, cell, out);
+            }
         }
         Ok(IsNull::No)
     }
@@ -151,25 +165,25 @@ impl ToSql for CellArray<'_> {
     to_sql_checked!();
 }
 
-/// A value behind its length; NULL is the length −1.
-fn put_field(batch: &Batch, cell: Cell, out: &mut BytesMut) {
-    if cell.kind == CellKind::Null {
+/// A value behind its length; NULL, which also stands for a value that is not written, is the length −1.
+fn put_field(images: &Images<'_>, cell: Cell, out: &mut BytesMut) {
+    if matches!(cell.kind, CellKind::Null | CellKind::Unchanged) {
         out.put_i32(-1);
         return;
     }
-    let bytes = batch.bytes(cell);
+    let bytes = images.bytes(cell);
     // A cell's length is a part of a u32-sized arena, and a server takes no field of 2 GiB or more.
     out.put_i32(bytes.len() as i32);
     out.extend_from_slice(bytes);
 }
 
 /// A new row as one tuple of a `COPY`.
-pub(super) fn copy_row(batch: &Batch, change: &Change, binary: bool, out: &mut BytesMut) {
-    let cells = batch.cells(change.new);
+pub(super) fn copy_row(images: &Images<'_>, row: Row, binary: bool, out: &mut BytesMut) {
+    let cells = images.cells(row.new);
     if binary {
         out.put_i16(cells.len() as i16);
         for cell in cells {
-            put_field(batch, *cell, out);
+            put_field(images, *cell, out);
         }
         return;
     }
@@ -179,7 +193,7 @@ pub(super) fn copy_row(batch: &Batch, change: &Change, binary: bool, out: &mut B
         }
         match cell.kind {
             CellKind::Null => out.extend_from_slice(b"\\N"),
-            _ => escape(batch.bytes(*cell), out),
+            _ => escape(images.bytes(*cell), out),
         }
     }
     out.put_u8(b'\n');
@@ -203,11 +217,10 @@ fn escape(bytes: &[u8], out: &mut BytesMut) {
 }
 
 /// Names a row by its key, for people. Values of other columns are never shown.
-pub(super) fn key_text(batch: &Batch, writer: &TableWriter, change: &Change) -> String {
-    let parameter = |column: &usize| Parameter { column: *column, side: super::super::statements::Side::Key };
-    let values = writer.key.iter().map(|column| {
-        let cell = parameter(column).cell(batch, change);
-        value_text(writer.version.columns[*column].type_id, cell.kind, batch.bytes(cell))
+pub(super) fn key_text(images: &Images<'_>, writer: &TableWriter, row: Row) -> String {
+    let values = writer.key.iter().map(|&column| {
+        let cell = Parameter { column, side: Side::Key }.cell(images, row);
+        value_text(writer.version.columns[column].type_id, cell.kind, images.bytes(cell))
     });
     let pairs: Vec<String> = writer.key_names().zip(values).map(|(name, value)| format!("{name} = {value}")).collect();
     pairs.join(", ")

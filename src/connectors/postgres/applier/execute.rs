@@ -9,8 +9,7 @@ use super::encode::{
     COPY_HEADER, COPY_PIECE, COPY_TRAILER, CellArray, Chunk, OneCell, STATEMENT_BYTES, copy_row, encoding, key_text, next_chunk,
 };
 use super::lane::CheckpointMove;
-use crate::engine::batch::Batch;
-use crate::engine::coalesce::{Action, MissingColumns, Plan, Step};
+use crate::engine::coalesce::{Action, ColumnSet, Images, Plan, Row, Step, Write};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::Applied;
 use bytes::{Bytes, BytesMut};
@@ -33,7 +32,7 @@ const STATEMENTS: usize = 512;
 struct StatementKey {
     table: u32,
     action: Action,
-    missing: MissingColumns,
+    columns: ColumnSet,
     shape: Shape,
 }
 
@@ -75,6 +74,7 @@ struct Pending<'a> {
 /// What a statement writes.
 enum Wrote<'a> {
     Nothing,
+    Truncate(&'a TableWriter),
     Rows(Sent<'a>),
     Checkpoint,
 }
@@ -84,14 +84,14 @@ enum Wrote<'a> {
 struct Sent<'a> {
     writer: &'a TableWriter,
     action: Action,
-    rows: &'a [u32],
+    rows: &'a [Row],
 }
 
 /// Runs statements for one part.
 pub(super) struct Executor<'a> {
     client: &'a Client,
     statements: &'a mut Statements,
-    batch: &'a Batch,
+    images: &'a Images<'a>,
     /// By index of the batch's tables; `None` for tables without a due change.
     writers: &'a [Option<&'a TableWriter>],
     pending: VecDeque<Pending<'a>>,
@@ -102,8 +102,8 @@ pub(super) struct Executor<'a> {
 }
 
 impl<'a> Executor<'a> {
-    pub fn new(client: &'a Client, statements: &'a mut Statements, batch: &'a Batch, writers: &'a [Option<&'a TableWriter>]) -> Self {
-        Self { client, statements, batch, writers, pending: VecDeque::new(), bytes_ahead: 0, applied: Applied::default(), moved: false }
+    pub fn new(client: &'a Client, statements: &'a mut Statements, images: &'a Images<'a>, writers: &'a [Option<&'a TableWriter>]) -> Self {
+        Self { client, statements, images, writers, pending: VecDeque::new(), bytes_ahead: 0, applied: Applied::default(), moved: false }
     }
 
     /// Sends a statement without rows, for example `BEGIN`.
@@ -127,57 +127,77 @@ impl<'a> Executor<'a> {
     }
 
     /// Runs the steps in order.
-    pub async fn run(&mut self, plan: &'a Plan) -> Result<()> {
+    pub async fn run(&mut self, plan: &'a Plan<'a>) -> Result<()> {
         for step in &plan.steps {
-            match step.action {
-                Action::Truncate => self.truncate(step).await?,
-                _ => self.write(step, &plan.column_sets[step.columns as usize]).await?,
+            match step {
+                Step::Truncate(tables) => self.truncate(tables).await?,
+                Step::Write(write) => self.write(write, &plan.column_sets[write.columns as usize]).await?,
             }
         }
+        self.applied = plan.applied;
         Ok(())
     }
 
     fn writer(&self, table: u32) -> Result<&'a TableWriter> {
         self.writers[table as usize].ok_or_else(|| {
-            let name = &self.batch.tables()[table as usize].name;
+            let name = &self.images.batch().tables()[table as usize].name;
             Error::bug(format!("changes of table {name} are due before it was prepared"))
         })
     }
 
-    async fn truncate(&mut self, step: &'a Step) -> Result<()> {
-        let mut writers = Vec::with_capacity(step.changes.len());
-        for &change in &step.changes {
-            writers.push(self.writer(self.batch.changes()[change as usize].table)?);
-        }
+    async fn truncate(&mut self, tables: &[u32]) -> Result<()> {
+        let writers: Vec<&'a TableWriter> = tables.iter().map(|table| self.writer(*table)).collect::<Result<_>>()?;
         let sql = truncate(writers.iter().map(|writer| writer.name()));
         let client = self.client;
         let run = Box::pin(async move { client.batch_execute(&sql).await.map(|()| Answer::Rows(0)) });
-        let sent = Sent { writer: writers[0], action: step.action, rows: &step.changes };
-        self.send(run, 0, Wrote::Rows(sent)).await
+        let wrote = writers.first().map_or(Wrote::Nothing, |writer| Wrote::Truncate(writer));
+        self.send(run, 0, wrote).await
     }
 
-    async fn write(&mut self, step: &'a Step, missing: &MissingColumns) -> Result<()> {
+    async fn write(&mut self, step: &'a Write, columns: &ColumnSet) -> Result<()> {
         let writer = self.writer(step.table)?;
-        let parameters = writer.parameters(step.action, missing);
-        let mut rows: &[u32] = &step.changes;
+        // One row that keeps its key is in nobody's way: what had to go before is gone, what comes comes later.
+        let in_place = step.action == Action::Rewrite && matches!(&step.rows[..], [row] if !row.old.is_present());
+        let action = if in_place { Action::Update } else { step.action };
+        let parameters = writer.parameters(action, columns);
+        let mut rows: &[Row] = &step.rows;
         while !rows.is_empty() {
-            let chunk = next_chunk(self.batch, writer, &parameters, &mut rows)?;
-            let set = writer.has_set_form(step.action, &parameters, &chunk.encodings);
-            let sent = Sent { writer, action: step.action, rows: chunk.rows };
-            if step.action == Action::Insert && chunk.uniform && (chunk.rows.len() >= COPY_FROM || !set && chunk.rows.len() > 1) {
+            let chunk = next_chunk(self.images, writer, &parameters, &mut rows)?;
+            let set = !step.one_by_one && writer.has_set_form(action, &parameters, &chunk.encodings);
+            let sent = Sent { writer, action, rows: chunk.rows };
+            let count = chunk.rows.len();
+            if action == Action::Rewrite {
+                if !set || count < step.rows.len() {
+                    return Err(Error::bug(format!("rows of table {} do not fit into one statement", writer.target)));
+                }
+                self.write_set(sent, columns, &parameters, chunk).await?;
+            } else if action == Action::Insert && chunk.uniform && (count >= COPY_FROM || !set && count > 1) {
                 self.copy(sent, chunk.encodings.first().copied().unwrap_or(false)).await?;
-            } else if set && chunk.rows.len() > 1 {
-                self.write_set(sent, missing, &parameters, chunk).await?;
+            } else if set && count > 1 {
+                self.write_set(sent, columns, &parameters, chunk).await?;
+            } else if columns.some.is_empty() {
+                self.write_rows(sent, columns, &parameters).await?;
             } else {
-                self.write_rows(sent, missing, &parameters).await?;
+                self.write_unlike_rows(sent).await?;
             }
         }
         Ok(())
     }
 
-    async fn write_set(&mut self, sent: Sent<'a>, missing: &MissingColumns, parameters: &[Parameter], chunk: Chunk<'a>) -> Result<()> {
-        let statement = self.statement(sent, missing, Shape::Set(chunk.encodings)).await?;
-        let array = |parameter: &Parameter| CellArray { batch: self.batch, rows: sent.rows, parameter: *parameter };
+    /// Rows that leave different columns out, each by its own statement.
+    async fn write_unlike_rows(&mut self, sent: Sent<'a>) -> Result<()> {
+        for row in sent.rows {
+            let one = Sent { rows: std::slice::from_ref(row), ..sent };
+            let columns = ColumnSet::of(self.images, one.rows);
+            let parameters = sent.writer.parameters(sent.action, &columns);
+            self.write_rows(one, &columns, &parameters).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_set(&mut self, sent: Sent<'a>, columns: &ColumnSet, parameters: &[Parameter], chunk: Chunk<'a>) -> Result<()> {
+        let statement = self.statement(sent, columns, Shape::Set(chunk.encodings)).await?;
+        let array = |parameter: &Parameter| CellArray { images: self.images, rows: sent.rows, parameter: *parameter };
         let arrays: Vec<CellArray<'a>> = parameters.iter().map(array).collect();
         let client = self.client;
         let run: BoxFuture<'a, _> = if sent.action == Action::Insert {
@@ -195,17 +215,16 @@ impl<'a> Executor<'a> {
         self.send(run, chunk.bytes, Wrote::Rows(sent)).await
     }
 
-    async fn write_rows(&mut self, sent: Sent<'a>, missing: &MissingColumns, parameters: &[Parameter]) -> Result<()> {
-        let statement = self.statement(sent, missing, Shape::Row).await?;
+    async fn write_rows(&mut self, sent: Sent<'a>, columns: &ColumnSet, parameters: &[Parameter]) -> Result<()> {
+        let statement = self.statement(sent, columns, Shape::Row).await?;
         for row in sent.rows {
-            let change = &self.batch.changes()[*row as usize];
             let mut cells = Vec::with_capacity(parameters.len());
             let mut bytes = 0;
             for parameter in parameters {
-                let cell = parameter.cell(self.batch, change);
+                let cell = parameter.cell(self.images, *row);
                 encoding(sent.writer, *parameter, cell)?;
-                bytes += self.batch.bytes(cell).len();
-                cells.push(OneCell { batch: self.batch, cell });
+                bytes += self.images.bytes(cell).len();
+                cells.push(OneCell { images: self.images, cell });
             }
             let (client, statement) = (self.client, statement.clone());
             let run = Box::pin(async move { client.execute_raw(&statement, cells).await.map(Answer::Rows) });
@@ -216,24 +235,24 @@ impl<'a> Executor<'a> {
     }
 
     async fn copy(&mut self, sent: Sent<'a>, binary: bool) -> Result<()> {
-        let statement = self.statement(sent, &MissingColumns::new(), Shape::Copy { binary }).await?;
+        let statement = self.statement(sent, &ColumnSet::default(), Shape::Copy { binary }).await?;
         self.drain().await?;
-        let copied = copy_rows(self.client, &statement, self.batch, sent.rows, binary).await;
+        let copied = copy_rows(self.client, &statement, self.images, sent.rows, binary).await;
         let copied = copied.map_err(|error| write_failed(sent.writer, &error))?;
         self.check(sent, Answer::Rows(copied))
     }
 
     /// The prepared statement. Preparing waits for an answer, so all that was sent before is awaited first.
-    async fn statement(&mut self, sent: Sent<'a>, missing: &MissingColumns, shape: Shape) -> Result<Statement> {
+    async fn statement(&mut self, sent: Sent<'a>, columns: &ColumnSet, shape: Shape) -> Result<Statement> {
         let writer = sent.writer;
-        let key = StatementKey { table: writer.version.id, action: sent.action, missing: missing.clone(), shape };
+        let key = StatementKey { table: writer.version.id, action: sent.action, columns: columns.clone(), shape };
         if let Some(statement) = self.statements.0.get(&key) {
             return Ok(statement.clone());
         }
         self.drain().await?;
         let sql = match &key.shape {
-            Shape::Row => writer.row_statement(key.action, missing),
-            Shape::Set(encodings) => writer.set_statement(key.action, missing, encodings),
+            Shape::Row => writer.row_statement(key.action, columns),
+            Shape::Set(encodings) => writer.set_statement(key.action, columns, encodings),
             Shape::Copy { binary } => writer.copy(*binary),
         };
         let statement = self.client.prepare(&sql).await.map_err(|error| write_failed(writer, &error))?;
@@ -275,6 +294,8 @@ impl<'a> Executor<'a> {
         let answer = answer.take_output().ok_or_else(|| Error::bug("an answer was taken twice"))?;
         match (pending.wrote, answer) {
             (Wrote::Rows(sent), Ok(answer)) => self.check(sent, answer)?,
+            (Wrote::Truncate(_), Ok(_)) => {}
+            (Wrote::Truncate(writer), Err(error)) => return Err(write_failed(writer, &error)),
             (Wrote::Rows(sent), Err(error)) => return Err(write_failed(sent.writer, &error)),
             (Wrote::Checkpoint, Ok(answer)) => self.moved = matches!(answer, Answer::Rows(1)),
             (Wrote::Nothing, Ok(_)) => {}
@@ -284,10 +305,9 @@ impl<'a> Executor<'a> {
     }
 
     /// A statement must have written exactly the rows that it was sent.
-    fn check(&mut self, sent: Sent<'a>, answer: Answer) -> Result<()> {
+    fn check(&self, sent: Sent<'a>, answer: Answer) -> Result<()> {
         let expected = sent.rows.len() as u64;
         match (sent.action, answer) {
-            (Action::Truncate, _) => {}
             (Action::Insert, Answer::Rows(rows)) if rows == expected => {}
             (Action::Insert, _) => {
                 return Err(Error::stop(
@@ -299,12 +319,6 @@ impl<'a> Executor<'a> {
             (_, Answer::Rows(0)) => return Err(self.row_missing(sent, sent.rows[0])),
             (_, Answer::Rows(_)) => return Err(self.several_rows(sent, sent.rows[0])),
             (_, Answer::Hits(hits)) => self.check_hits(sent, &hits)?,
-        }
-        match sent.action {
-            Action::Insert => self.applied.inserts += expected,
-            Action::Update | Action::UpdateKey => self.applied.updates += expected,
-            Action::Delete => self.applied.deletes += expected,
-            Action::Truncate => {}
         }
         Ok(())
     }
@@ -326,7 +340,7 @@ impl<'a> Executor<'a> {
         }
     }
 
-    fn row_missing(&self, sent: Sent<'a>, row: u32) -> Error {
+    fn row_missing(&self, sent: Sent<'a>, row: Row) -> Error {
         let doing = if sent.action == Action::Delete { "delete" } else { "update" };
         let which = self.which(sent, row);
         Error::stop(
@@ -338,16 +352,16 @@ impl<'a> Executor<'a> {
         )
     }
 
-    fn several_rows(&self, sent: Sent<'a>, row: u32) -> Error {
+    fn several_rows(&self, sent: Sent<'a>, row: Row) -> Error {
         let which = self.which(sent, row);
         Error::stop(reason::ROW_CONFLICT, format!("target table {} has several rows {which}", sent.writer.target))
     }
 
-    fn which(&self, sent: Sent<'a>, row: u32) -> String {
+    fn which(&self, sent: Sent<'a>, row: Row) -> String {
         if sent.writer.key.is_empty() {
             return "like the old row".to_owned();
         }
-        format!("with {}", key_text(self.batch, sent.writer, &self.batch.changes()[row as usize]))
+        format!("with {}", key_text(self.images, sent.writer, row))
     }
 }
 
@@ -355,8 +369,8 @@ impl<'a> Executor<'a> {
 async fn copy_rows(
     client: &Client,
     statement: &Statement,
-    batch: &Batch,
-    rows: &[u32],
+    images: &Images<'_>,
+    rows: &[Row],
     binary: bool,
 ) -> Result<u64, tokio_postgres::Error> {
     let sink = client.copy_in::<_, Bytes>(statement).await?;
@@ -364,7 +378,7 @@ async fn copy_rows(
     let mut piece = BytesMut::with_capacity(COPY_PIECE);
     piece.extend_from_slice(if binary { COPY_HEADER } else { b"" });
     for &row in rows {
-        copy_row(batch, &batch.changes()[row as usize], binary, &mut piece);
+        copy_row(images, row, binary, &mut piece);
         if piece.len() >= COPY_PIECE {
             sink.send(piece.split().freeze()).await?;
             piece.reserve(COPY_PIECE);

@@ -164,7 +164,7 @@ impl Lane {
         let writers: Vec<Option<&TableWriter>> = part.batch.tables().iter().map(|version| job_writers.get(&version.id)).collect();
         let plan = coalesce::plan(&part.batch, &rules(&writers), |_, index| job.due[index])?;
         let checkpoint = if part.open { None } else { Some(self.checkpoint_move(job, plan.rows())?) };
-        if plan.steps.is_empty() && !self.in_transaction {
+        if plan.is_empty() && !self.in_transaction {
             if checkpoint.is_none_or(|checkpoint| checkpoint.to <= checkpoint.from) && job.joined.is_empty() {
                 job.turn.wait().await?;
                 return Ok(Outcome { applied: Applied { committed: !part.open, ..Applied::default() }, committed: None });
@@ -195,14 +195,14 @@ impl Lane {
     async fn attempt(
         &mut self,
         job: &mut Job,
-        plan: &Plan,
+        plan: &Plan<'_>,
         writers: &[Option<&TableWriter>],
         checkpoint: Option<CheckpointMove>,
     ) -> Result<Outcome> {
         let session = Arc::clone(&self.session);
         let part = Arc::clone(&job.part);
         let claim = job.claim.clone();
-        let mut executor = Executor::new(&session, &mut self.statements, &part.batch, writers);
+        let mut executor = Executor::new(&session, &mut self.statements, &plan.images, writers);
         if !self.in_transaction {
             executor.command(begin_changes(job.mode)).await?;
             self.in_transaction = true;
@@ -286,9 +286,6 @@ fn begin_changes(mode: ApplyMode) -> &'static str {
 
 /// A table that is not prepared has no due changes; should there be one, running it fails.
 fn rules<'a>(writers: &[Option<&'a TableWriter>]) -> Vec<TableRule<'a>> {
-    let rule = |writer: &Option<&'a TableWriter>| TableRule {
-        key: writer.map_or(&[][..], |writer| &writer.key),
-        order: writer.map_or(coalesce::Order::Table, |writer| writer.order),
-    };
-    writers.iter().map(rule).collect()
+    let unknown = TableRule { key: &[], order: coalesce::Order::Table, rewrites: false };
+    writers.iter().map(|writer| writer.map_or(unknown, TableWriter::rule)).collect()
 }

@@ -4,7 +4,7 @@ use super::super::sql::quote_ident;
 use super::super::target::failed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::QualifiedName;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
 /// How two values of a type are found equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +41,15 @@ pub(in super::super) struct TargetColumn {
 #[derive(Clone, Debug)]
 pub(in super::super) struct UniqueIndex {
     pub name: String,
+    /// Key columns, in order; expressions are not among them.
     pub columns: Vec<String>,
+    /// All columns that it looks at, those of its expressions, its predicate and of generated columns included.
+    pub reads: Vec<String>,
     pub primary: bool,
     /// Over plain columns of all rows, and usable.
     pub plain: bool,
+    /// Rows that differ in one of `columns` are never in each other's way.
+    pub by_bytes: bool,
 }
 
 /// A table that is there.
@@ -88,8 +93,19 @@ impl TargetTable {
 
     /// Whether rows with different keys can still be in each other's way.
     pub fn restricts_more_than(&self, key: &[&str]) -> bool {
-        let implied = |index: &UniqueIndex| index.plain && key.iter().all(|column| index.columns.iter().any(|c| c == column));
-        self.unique.iter().any(|index| !implied(index))
+        self.restricting(key).next().is_some()
+    }
+
+    /// Columns besides the key that decide whether rows with different keys are in each other's way.
+    pub fn guarded_besides(&self, key: &[&str]) -> Vec<&str> {
+        let read = self.restricting(key).flat_map(|index| &index.reads).map(String::as_str);
+        read.filter(|column| !key.contains(column)).collect()
+    }
+
+    fn restricting(&self, key: &[&str]) -> impl Iterator<Item = &UniqueIndex> {
+        // Where the whole key is in the index, two rows are equal there only if they have the same key.
+        let implied = |index: &&UniqueIndex| index.by_bytes && key.iter().all(|column| index.columns.iter().any(|c| c == column));
+        self.unique.iter().filter(move |index| key.is_empty() || !implied(index))
     }
 }
 
@@ -226,20 +242,48 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
         .collect())
 }
 
+/// Indexes of the table and of all its partitions: one that only a partition has restricts rows too.
+///
+/// Columns of expressions are read from the stored trees, where a reference is `:varattno` with the column's number, or 0 for
+/// the whole row. `pg_depend` has no entry for the whole row.
 async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
     let rows = client
         .query(
-            "SELECT c.relname, i.indisprimary,
-                    i.indisvalid AND NOT i.indisexclusion AND i.indpred IS NULL AND i.indexprs IS NULL,
+            "WITH RECURSIVE indexes AS (
+               SELECT i.*, c.relname, concat_ws(' ', i.indexprs::text, i.indpred::text) AS trees
+               FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+               WHERE i.indrelid IN (SELECT $1::oid UNION SELECT relid FROM pg_partition_tree($1::oid::regclass))
+                 AND i.indislive AND (i.indisunique OR i.indisexclusion)),
+             reads(index, relation, number) AS (
+               SELECT indexrelid, indrelid, indkey[k]::int FROM indexes, generate_series(0, indnkeyatts - 1) AS k WHERE indkey[k] <> 0
+               UNION SELECT indexrelid, indrelid, found[1]::int FROM indexes, regexp_matches(trees, ':varattno (\\d+)', 'g') AS found
+               UNION SELECT reads.index, reads.relation, found[1]::int
+               FROM reads JOIN pg_attribute a ON a.attrelid = reads.relation AND a.attnum = reads.number AND a.attgenerated <> ''
+               JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum,
+               regexp_matches(d.adbin::text, ':varattno (\\d+)', 'g') AS found)
+             SELECT i.relname, i.indisprimary AND i.indrelid = $1,
+                    i.indrelid = $1 AND i.indisvalid AND NOT i.indisexclusion AND i.trees = '',
                     ARRAY(SELECT a.attname::text FROM generate_series(0, i.indnkeyatts - 1) AS k
-                          JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k] ORDER BY k)
-             FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-             WHERE i.indrelid = $1 AND i.indislive AND (i.indisunique OR i.indisexclusion)",
+                          JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k] ORDER BY k),
+                    ARRAY(SELECT a.attname::text FROM pg_attribute a
+                          WHERE a.attrelid = i.indrelid AND a.attnum > 0 AND NOT a.attisdropped
+                            AND EXISTS (SELECT FROM reads WHERE index = i.indexrelid AND number IN (0, a.attnum))),
+                    NOT i.indisexclusion AND NOT EXISTS (SELECT FROM unnest(i.indcollation::oid[]) AS used JOIN pg_collation co ON co.oid = used
+                                                         WHERE NOT co.collisdeterministic)
+             FROM indexes i",
             &[&oid],
         )
         .await
         .map_err(failed("read indexes of the target table"))?;
-    Ok(rows.iter().map(|row| UniqueIndex { name: row.get(0), primary: row.get(1), plain: row.get(2), columns: row.get(3) }).collect())
+    let index = |row: &Row| UniqueIndex {
+        name: row.get(0),
+        primary: row.get(1),
+        plain: row.get(2),
+        columns: row.get(3),
+        reads: row.get(4),
+        by_bytes: row.get(5),
+    };
+    Ok(rows.iter().map(index).collect())
 }
 
 /// User triggers that fire in an ordinary session, and those that fire in a replica session.

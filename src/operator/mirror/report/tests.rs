@@ -25,6 +25,10 @@ fn observed(worker: Worker) -> Observed {
     Observed { exists: true, worker, pod: Some("p".into()), address: Some("10.0.0.1:8080".into()), image: Some("sluice:1".into()) }
 }
 
+fn cannot_start(lasts: bool) -> Worker {
+    Worker::CannotStart { why: "w".into(), lasts }
+}
+
 fn answers(phase: &str, more: Value) -> Observed {
     observed(Worker::Answers(Arc::new(said(phase, more))))
 }
@@ -71,7 +75,8 @@ fn the_table_of_the_book() {
         ("False SourceNotReady True False False Pending", short(false, Some(&retry), &absent())),
         ("False WorkerStarting True False False Pending", short(false, None, &absent())),
         ("False WorkerStarting True False False Pending", short(false, None, &observed(Worker::Starting("w".into())))),
-        ("False WorkerFailed True False False Pending", short(false, None, &observed(Worker::CannotStart("w".into())))),
+        ("False WorkerFailed True False False Pending", short(false, None, &observed(cannot_start(false)))),
+        ("False WorkerFailed False True False Pending", short(false, None, &observed(cannot_start(true)))),
         ("False WorkerFailed True False False Retrying", short(false, None, &observed(Worker::KeepsEnding("w".into())))),
         ("False WorkerUnreachable True False Unknown Pending", short(false, None, &observed(Worker::Unreachable("w".into())))),
         ("Unknown WorkerOutdated False False Unknown Pending", short(false, None, &observed(Worker::Outdated("w".into())))),
