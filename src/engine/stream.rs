@@ -50,6 +50,11 @@ struct Open<P> {
     bytes: usize,
 }
 
+/// The next part. Beside others it pays only for large ones: small ones cost a transaction each and are better left to grow.
+async fn next<L: ChangeLog>(log: &mut L, beside: bool) -> Result<Part<L::Position>> {
+    if beside { log.next_grown().await } else { log.next().await }
+}
+
 /// What made a step.
 enum Event<P> {
     Part(Arc<Part<P>>),
@@ -115,7 +120,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 () = stop.finish.cancelled(), if self.open.is_none() => Event::Finish,
                 _ = tick.tick() => Event::Tick,
                 applied = self.applier.applied(), if !self.in_flight.is_empty() => Event::Applied(applied?),
-                part = self.log.next(), if self.applier.has_room() => Event::Part(Arc::new(part?)),
+                part = next(&mut self.log, !self.in_flight.is_empty()), if self.applier.has_room() => Event::Part(Arc::new(part?)),
             };
             match event {
                 Event::Finish => {

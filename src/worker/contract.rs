@@ -161,6 +161,14 @@ pub struct StreamSpec {
     pub max_batch_bytes: usize,
     /// How long a batch may wait for more.
     pub max_delay_milliseconds: u64,
+    /// Connections to the target that changes are applied on.
+    #[serde(default = "apply_connections")]
+    pub apply_connections: usize,
+}
+
+/// What a document of an older operator leaves out.
+fn apply_connections() -> usize {
+    2
 }
 
 /// What the worker does, in one word.
@@ -304,7 +312,12 @@ pub(crate) mod tests {
                 tables_in_parallel: 4,
                 workers_per_table: 4,
             },
-            stream: StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16 * 1024 * 1024, max_delay_milliseconds: 50 },
+            stream: StreamSpec {
+                max_batch_rows: 100_000,
+                max_batch_bytes: 16 * 1024 * 1024,
+                max_delay_milliseconds: 50,
+                apply_connections: 2,
+            },
             suspend: false,
             public_keys: Vec::new(),
         }

@@ -128,6 +128,10 @@ impl ChangeLog for PostgresLog {
         self.buffer.next().await
     }
 
+    async fn next_grown(&mut self) -> Result<Part<Lsn>> {
+        self.buffer.next_grown().await
+    }
+
     fn confirm(&self, durable: &Lsn) {
         // Never backwards: the server would not take it either.
         self.positions.confirmed.fetch_max(durable.0, Ordering::AcqRel);
