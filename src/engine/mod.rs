@@ -15,6 +15,8 @@ mod copy;
 pub mod error;
 pub mod flow;
 pub mod handover;
+mod heartbeat;
+pub mod latency;
 pub mod position;
 pub mod progress;
 pub mod retry;

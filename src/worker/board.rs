@@ -155,6 +155,8 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     // Without a session nobody looks at the source: an old lag would look like a level one.
     let connected = matches!(facts.state, State::Running | State::Stopping(_));
     let clean = |text: String| facts.redactor.clean(&text);
+    let latency = |share| view.latency.percentile(share, Instant::now()).map(milliseconds).filter(|_| connected);
+    let (latency_p50_milliseconds, latency_p99_milliseconds) = (latency(0.5), latency(0.99));
     let table_errors = view.table_errors.into_iter().take(TABLE_ERRORS);
     Status {
         contract: VERSION,
@@ -170,6 +172,8 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         confirmed: view.confirmed,
         lag_bytes: view.lag_bytes.filter(|_| connected),
         lag_seconds: view.lag_seconds.filter(|_| connected),
+        latency_p50_milliseconds,
+        latency_p99_milliseconds,
         tables: view.tables.into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
         table_errors: table_errors.map(|(table, why)| (table, clean(why))).collect(),
         rows_copied: view.rows_copied,
@@ -181,6 +185,11 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         waiting: view.waiting.filter(|_| connected).map(clean),
         error: failure(facts),
     }
+}
+
+/// Rounded up.
+fn milliseconds(latency: Duration) -> u64 {
+    u64::try_from(latency.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
 }
 
 /// A session's failure comes first; a document that is not taken is told when nothing else is wrong.

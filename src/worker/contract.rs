@@ -227,6 +227,13 @@ pub struct Status {
     /// Seconds since the commit time of the last transaction applied while something is waiting; 0 when level.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_seconds: Option<u64>,
+    /// Median time from the source's commit to the target's, over the transactions and heartbeats of the last one to two
+    /// minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_p50_milliseconds: Option<u64>,
+    /// The time that 99 of 100 have kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_p99_milliseconds: Option<u64>,
     /// Number of tables per state.
     pub tables: BTreeMap<String, u32>,
     /// Tables in state Error, by name, with the reason; at most 20.
