@@ -3,7 +3,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
+.PHONY: help deps build test fmt lint unit chart e2e demo demo-down crds deny docs fuzz chaos
+=======
 .PHONY: help deps build test fmt lint unit chart e2e demo demo-down crds deny docs bench
+>>>>>>> main
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +55,24 @@ docs: ## Build the book into target/book
 	@e2e/deps.sh mdbook
 	@"$$(e2e/deps.sh where mdbook)" build docs --dest-dir "$(CURDIR)/target/book"
 
+<<<<<<< HEAD
+fuzz: ## The targets of fuzz/ under cargo-fuzz (needs nightly Rust), SECONDS_EACH=60
+	@rustup run nightly rustc --version >/dev/null 2>&1 || \
+	{ echo "fuzz: nightly Rust is missing: rustup toolchain install nightly --profile minimal" >&2; exit 1; }
+	@e2e/deps.sh cargo-fuzz
+	@cargo test --quiet --locked --test fuzz inputs_to_start_from
+	@cp Cargo.lock fuzz/Cargo.lock
+	@for target in pgoutput stream; do \
+	  mkdir -p "fuzz/corpus/$$target"; \
+	  rustup run nightly "$$(e2e/deps.sh where cargo-fuzz)" fuzz run "$$target" "fuzz/corpus/$$target" "target/tmp/fuzz/$$target" \
+	    -- -max_total_time="$(or $(SECONDS_EACH),60)" -max_len=65536 -rss_limit_mb=1024; \
+	done
+
+chaos: ## Ledger test: kill worker and servers again and again, MINUTES=10; repeat one round with SLUICE_SEED=...
+	SLUICE_CHAOS_MINUTES="$(or $(MINUTES),10)" cargo test --locked --test ledger -- --nocapture
+=======
 bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
 	@e2e/deps.sh packages postgres bench
 	@PRESET='$(PRESET)' ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' ONLY='$(ONLY)' NAME='$(NAME)' RESULTS='$(RESULTS)' SLUICE_BIN='$(SLUICE_BIN)' \
 	  cargo bench --locked --bench databases
+>>>>>>> main

@@ -2,7 +2,7 @@
 # deps.sh [WHAT...] - install by name what building, testing and the demo need on Debian 12. WHAT is any of
 #   packages postgres node tools        (all of them by default)
 #   bench                               (the programs that figures are measured beside: only on demand)
-#   mdbook cargo-deny                   (minutes of building: only on demand)
+#   mdbook cargo-deny cargo-fuzz        (minutes of building: only on demand)
 # deps.sh where PROGRAM prints the path of one.
 # Rust, Go and a C compiler are expected to be there. What is there already is left alone; each part is made in a
 # temporary folder and renamed when it is whole, so the script can be interrupted and repeated at any time.
@@ -15,6 +15,7 @@ POSTGRES_VERSIONS=(14.24.0 15.19.0 17.11.0)
 HELM_VERSION=v3.22.0
 MDBOOK_VERSION=0.5.4
 CARGO_DENY_VERSION=0.20.2
+CARGO_FUZZ_VERSION=0.13.2
 
 # ---------------------------------------------------------------- Debian packages
 # PROOF:PACKAGE. The proof is a command or a file: a containerd that came with Docker is as good, and Debian's would
@@ -107,6 +108,7 @@ go_tool() {
 # ---------------------------------------------------------------- programs built from crates
 install_mdbook() { cargo_tool mdbook "$MDBOOK_VERSION"; }
 install_cargo-deny() { cargo_tool cargo-deny "$CARGO_DENY_VERSION"; }
+install_cargo-fuzz() { cargo_tool cargo-fuzz "$CARGO_FUZZ_VERSION"; }
 cargo_tool() {
   local name=$1 version=$2 new
   [ ! -x "$SLUICE_CACHE/bin/$name-$version" ] || return 0
@@ -135,8 +137,8 @@ main() {
   [ $# -gt 0 ] || set -- packages postgres node tools
   for part in "$@"; do
     case $part in
-      packages | postgres | node | tools | bench | mdbook | cargo-deny) "install_$part" 9>&-;;
-      *) die "unknown part '$part': packages, postgres, node, tools, bench, mdbook, cargo-deny";;
+      packages | postgres | node | tools | bench | mdbook | cargo-deny | cargo-fuzz) "install_$part" 9>&-;;
+      *) die "unknown part '$part': packages, postgres, node, tools, bench, mdbook, cargo-deny, cargo-fuzz";;
     esac
   done
   say "all there after $SECONDS s (cache: $SLUICE_CACHE)"

@@ -148,7 +148,7 @@ impostor_ended() { case $(kubectl get pod impostor -n shop -o 'jsonpath={.status
 
 # ---------------------------------------------------------------- a life without restarts
 worker_identity() {
-  kubectl get pods -n shop -l "sluice.dev/mirror=$MIRROR" -o 'jsonpath={range .items[*]}{.metadata.uid}{" "}{.status.containerStatuses[0].restartCount}{" "}{end}'
+  kubectl get pods -n "$SHOP_NAMESPACE" -l "sluice.dev/mirror=$MIRROR" -o 'jsonpath={range .items[*]}{.metadata.uid}{" "}{.status.containerStatuses[0].restartCount}{" "}{end}'
 }
 is_suspended() { [ "$(mirror_condition $MIRROR Suspended)" = True ] && [ "$(mirror_condition $MIRROR Streaming)" = False ]; }
 suspend_holds_and_resume_goes_on() {
@@ -230,6 +230,15 @@ second_mirror_streams() {
   SHOP_NAMESPACE=$SECOND wait_until 180 "the second Mirror streams" is_streaming_in_second
 }
 is_streaming_in_second() { [ "$(SHOP_NAMESPACE=$SECOND mirror_condition $MIRROR Streaming)" = True ]; }
+# With rights in two namespaces only: those in the second go with it, and must not go first.
+operator_is_narrowed() {
+  local worker
+  worker=$(SHOP_NAMESPACE=$SECOND worker_identity)
+  install_sluice localhost/sluice "$TAG-next" --set "watchNamespaces={shop,$SECOND}"
+  wait_until 60 "the rights in $SECOND are held" rights_are_held
+  expect "worker (uid, restarts)" "$(SHOP_NAMESPACE=$SECOND worker_identity)" "$worker"
+}
+rights_are_held() { [ "$(kubectl get rolebinding sluice-operator-namespaced -n $SECOND -o 'jsonpath={.metadata.finalizers[0]}')" = sluice.dev/in-use ]; }
 namespace_is_deleted_whole() {
   local slot publication
   slot=$(SHOP_NAMESPACE=$SECOND mirror_field $MIRROR .status.slot) publication=$(SHOP_NAMESPACE=$SECOND mirror_field $MIRROR .status.publication)
@@ -282,6 +291,7 @@ main() {
   check "after all that every row is equal" contents_are_equal
   check "a deleted Mirror leaves no slot, no publication, no child" mirror_is_deleted
   check "a second Mirror streams from a namespace of its own" second_mirror_streams
+  check "helm upgrade narrows the operator's rights to two namespaces" operator_is_narrowed
   check "its namespace deleted whole leaves no slot" namespace_is_deleted_whole
   check "uninstall leaves nothing" uninstall_leaves_nothing
 }

@@ -147,6 +147,9 @@ pub mod reason {
         ROW_CONFLICT = "RowConflict", "A row to insert is already in the target.";
         WRITE_REFUSED = "WriteRefused", "The target refused a change.";
         SCHEMA_CHANGED = "SchemaChanged", "The source's table changed in a way that can't be followed.";
+        SPILL_FULL = "SpillFull", "Transactions that had not ended took more room than there is: they are received at their end meanwhile.";
+        STREAMING_FAILED = "StreamingFailed", "The source fails to send a transaction before its end: large ones are received at their end meanwhile.";
+        SPILL_FAILED = "SpillFailed", "A file of the worker's spill can't be read.";
         WAITING_FOR_OLD_TRANSACTIONS = "WaitingForOldTransactions", "The slot waits for transactions that began before it.";
         PROTOCOL_VIOLATION = "ProtocolViolation", "A server sent something that its protocol does not allow.";
         SERVER_UNSUPPORTED = "ServerUnsupported", "The server is too old or a standby.";

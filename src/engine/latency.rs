@@ -27,7 +27,7 @@ impl Default for Latency {
 
 /// Upper bound of a class, in seconds; the last one has none.
 fn bound(class: usize) -> f64 {
-    if class + 1 == CLASSES { f64::MAX } else { 0.001 * 2f64.powf(class as f64 / 2.0) }
+    if class + 1 == CLASSES { f64::INFINITY } else { 0.001 * 2f64.powf(class as f64 / 2.0) }
 }
 
 impl Latency {
@@ -116,7 +116,7 @@ mod tests {
         latency.record(Duration::from_secs(100_000), Instant::now());
         latency.record(Duration::ZERO, Instant::now());
         let classes = latency.classes();
-        assert_eq!((classes.first(), classes[1].0, classes.last()), (Some(&(0.001, 1)), 0.002, Some(&(f64::MAX, 1))));
+        assert_eq!((classes.first(), classes[1].0, classes.last()), (Some(&(0.001, 1)), 0.002, Some(&(f64::INFINITY, 1))));
         assert!(latency.percentile(1.0, Instant::now()).is_some());
     }
 }

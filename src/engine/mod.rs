@@ -21,6 +21,7 @@ pub mod position;
 pub mod progress;
 pub mod retry;
 pub mod roles;
+pub mod spill;
 pub mod startup;
 mod stream;
 pub mod table;

@@ -2,7 +2,7 @@
 
 use super::latency::Latency;
 use super::position::Position;
-use super::roles::{Applied, ApplyMode};
+use super::roles::{Applied, ApplyMode, LogLoad};
 use super::table::{QualifiedName, TableState};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -71,6 +71,8 @@ pub struct View {
     pub apply_mode: Option<&'static str>,
     /// What is waited for, for people.
     pub waiting: Option<String>,
+    /// What the log takes of the machine.
+    pub load: LogLoad,
 }
 
 #[derive(Debug, Default)]
@@ -232,6 +234,10 @@ impl Progress {
         state.view.received = Some(received.to_string());
         state.view.applied = Some(applied.to_string());
         state.view.lag_bytes = head.bytes_since(applied);
+    }
+
+    pub(super) fn set_load(&self, load: LogLoad) {
+        self.state().view.load = load;
     }
 
     pub(super) fn set_confirmed<P: Position>(&self, confirmed: &P) {

@@ -231,6 +231,33 @@ pub trait ChangeLog: Send + 'static {
 
     /// Last position that was received, and the source's end of log as it last said.
     fn received(&self) -> (Self::Position, Self::Position);
+
+    /// What it takes of the machine. Nothing to speak of, unless it says so.
+    fn load(&self) -> LogLoad {
+        LogLoad::default()
+    }
+}
+
+/// What a log takes of the machine, and what it can't do for the lack of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogLoad {
+    /// Bytes of memory: of parts that wait and of transactions that have not ended.
+    pub memory: u64,
+    /// Bytes in files.
+    pub spilled: u64,
+    /// The most that may be in files, in bytes.
+    pub spill_limit: u64,
+    /// What is not as it should be, though the log goes on.
+    pub notice: Option<Notice>,
+}
+
+/// Something that people should know though the work goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// CamelCase constant of [`super::error::reason`].
+    pub reason: &'static str,
+    /// For people, without secrets.
+    pub message: String,
 }
 
 /// One table in the checkpoint.

@@ -218,6 +218,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     }
 
     async fn tick(&mut self) -> Result<()> {
+        self.progress.set_load(self.log.load());
         if self.in_flight.is_empty() && self.open.is_none() && self.idle_since.elapsed() >= IDLE_ADVANCE {
             self.advance().await?;
             self.idle_since = Instant::now();

@@ -14,18 +14,23 @@ const PARALLEL: usize = 8;
 
 /// One right.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Right {
+pub struct Right {
     /// `None`: cluster-wide.
-    namespace: Option<String>,
-    group: &'static str,
-    resource: &'static str,
-    subresource: Option<&'static str>,
-    name: Option<String>,
-    verb: &'static str,
+    pub namespace: Option<String>,
+    /// Of the API.
+    pub group: &'static str,
+    /// Plural.
+    pub resource: &'static str,
+    /// Part of the resource.
+    pub subresource: Option<&'static str>,
+    /// Only the object of this name.
+    pub name: Option<String>,
+    /// What is done.
+    pub verb: &'static str,
 }
 
-/// What the operator needs with these options.
-fn needed(options: &Options) -> Vec<Right> {
+/// What the operator needs with these options. That the chart grants it, and no more, is tested.
+pub fn needed(options: &Options) -> Vec<Right> {
     let mut rights = Vec::new();
     let mut add = |namespace: Option<&str>, group, resource: &'static str, name: Option<&str>, verbs: &[&'static str]| {
         let (resource, subresource) = resource.split_once('/').map_or((resource, None), |(resource, sub)| (resource, Some(sub)));
@@ -47,9 +52,10 @@ fn needed(options: &Options) -> Vec<Right> {
             add(scope, "sluice.dev", status, None, &["patch"]);
         }
         add(scope, "", "secrets", None, if options.protect_secrets { &["get", "patch"] } else { &["get"] });
-        add(scope, "", "configmaps", None, &["get", "list", "watch", "create", "patch", "delete"]);
+        add(scope, "sluice.dev", "mirrors/finalizers", None, &["update"]);
+        add(scope, "", "configmaps", None, &["get", "create", "patch", "delete"]);
         add(scope, "apps", "deployments", None, &["get", "list", "watch", "create", "patch", "delete"]);
-        add(scope, "", "pods", None, &["get", "list", "watch", "patch", "delete"]);
+        add(scope, "", "pods", None, &["list", "watch", "patch", "delete"]);
         if options.worker_network_policies {
             add(scope, "networking.k8s.io", "networkpolicies", None, &["get", "create", "patch", "delete"]);
         }

@@ -1,10 +1,11 @@
 //! What the worker knows about itself, shared by the loop that writes it and the HTTP server that shows it.
 
-use super::contract::{Desired, Failure, Phase, Status, VERSION};
+use super::contract::{Desired, Failure, Notice, Phase, Status, VERSION};
 use super::credentials::Redactor;
 use super::supervise::State;
 use crate::engine::error::{Class, Error, reason};
 use crate::engine::progress::{self, Progress, View};
+use crate::engine::roles::{self, LogLoad};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -157,6 +158,8 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     let clean = |text: String| facts.redactor.clean(&text);
     let latency = |share| view.latency.percentile(share, Instant::now()).map(milliseconds).filter(|_| connected);
     let (latency_p50_milliseconds, latency_p99_milliseconds) = (latency(0.5), latency(0.99));
+    let load = Some(view.load).filter(|_| connected);
+    let bytes = |count: fn(&LogLoad) -> u64| load.as_ref().map(count);
     let table_errors = view.table_errors.into_iter().take(TABLE_ERRORS);
     Status {
         contract: VERSION,
@@ -183,6 +186,10 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         streaming: view.streaming && phase == Phase::Streaming,
         apply_mode: view.apply_mode.map(str::to_owned),
         waiting: view.waiting.filter(|_| connected).map(clean),
+        log_memory_bytes: bytes(|load| load.memory),
+        spill_bytes: bytes(|load| load.spilled),
+        spill_limit_bytes: bytes(|load| load.spill_limit),
+        notice: load.as_ref().and_then(|load| load.notice.as_ref()).map(notice),
         error: failure(facts),
     }
 }
@@ -190,6 +197,10 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
 /// Rounded up.
 fn milliseconds(latency: Duration) -> u64 {
     u64::try_from(latency.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
+}
+
+fn notice(notice: &roles::Notice) -> Notice {
+    Notice { reason: notice.reason.to_owned(), message: notice.message.clone() }
 }
 
 /// A session's failure comes first; a document that is not taken is told when nothing else is wrong.
@@ -266,9 +277,17 @@ mod tests {
             streaming: true,
             apply_mode: Some("Replica"),
             waiting: Some("pid 1".to_owned()),
+            load: LogLoad {
+                memory: 1,
+                spilled: 2,
+                spill_limit: 3,
+                notice: Some(roles::Notice { reason: reason::SPILL_FULL, message: "full".to_owned() }),
+            },
             ..View::default()
         };
         let running = status("pod-1", &desired(7), &facts, view.clone());
+        assert_eq!((running.log_memory_bytes, running.spill_bytes, running.spill_limit_bytes), (Some(1), Some(2), Some(3)));
+        assert_eq!(running.notice.map(|notice| notice.reason), Some("SpillFull".to_owned()));
         assert_eq!((running.generation, running.epoch, running.phase), (7, 3, Phase::Streaming));
         assert_eq!((running.lag_bytes, running.lag_seconds, running.streaming), (Some(10), Some(2), true));
         assert_eq!(running.table_errors.len(), TABLE_ERRORS);
@@ -281,6 +300,7 @@ mod tests {
         facts.failure = Some(LastFailure::of(&error, &facts.redactor, 2, Some(next_try)));
         facts.config_error = Some("also".to_owned());
         let waiting = status("pod-1", &desired(7), &facts, view);
+        assert_eq!((waiting.spill_bytes, waiting.notice), (None, None));
         assert_eq!((waiting.lag_bytes, waiting.lag_seconds, waiting.streaming, waiting.waiting), (None, None, false, None));
         let shown = waiting.error.unwrap();
         assert_eq!((shown.class.as_str(), shown.reason.as_str(), shown.count), ("Retry", "SourceUnreachable", 2));

@@ -255,9 +255,31 @@ pub struct Status {
     /// What is waited for, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<String>,
+    /// Memory of the log in bytes: changes that wait, and transactions that have not ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_memory_bytes: Option<u64>,
+    /// Bytes in the spill.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_bytes: Option<u64>,
+    /// The most that the spill may hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_limit_bytes: Option<u64>,
+    /// What is not as it should be though the stream goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice: Option<Notice>,
     /// Last failure, until it has passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+}
+
+/// Something that people should know though the work goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Notice {
+    /// CamelCase constant.
+    pub reason: String,
+    /// For people, without secrets.
+    pub message: String,
 }
 
 /// A failure.

@@ -3,8 +3,10 @@
 use super::board::{Board, Facts};
 use super::contract::Phase;
 use super::supervise::State;
+use crate::engine::error::reason;
 use crate::engine::latency::Latency;
 use crate::engine::progress::View;
+use crate::engine::roles::LogLoad;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
@@ -69,6 +71,7 @@ impl Collector for FromBoard {
         // Without a session the lag is not known.
         if matches!(facts.state, State::Running | State::Stopping(_)) {
             encode_lag(&mut out, &view)?;
+            encode_load(&mut out, &view.load)?;
         }
         Ok(())
     }
@@ -107,6 +110,14 @@ fn encode_lag(out: &mut Output<'_>, view: &View) -> fmt::Result {
         out.gauge("lag_seconds", "Age of the last transaction applied while more is waiting; 0 when level", seconds)?;
     }
     Ok(())
+}
+
+fn encode_load(out: &mut Output<'_>, load: &LogLoad) -> fmt::Result {
+    out.gauge("log_memory_bytes", "Memory of changes that wait and of transactions that have not ended", load.memory)?;
+    out.gauge("spill_bytes", "Files of transactions that have not ended", load.spilled)?;
+    out.gauge("spill_limit_bytes", "The most that these files may take", load.spill_limit)?;
+    let full = load.notice.as_ref().is_some_and(|notice| notice.reason == reason::SPILL_FULL);
+    out.gauge("spill_full", "1 while large transactions are received at their end only, since the spill was full", full.into())
 }
 
 fn word(phase: Phase) -> &'static str {

@@ -9,6 +9,7 @@ use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{self, Stop, StreamConfig};
 use crate::engine::progress::Progress;
 use crate::engine::roles::{Source, Target};
+use crate::engine::spill::Room;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
@@ -35,27 +36,30 @@ pub trait Sessions: Send + 'static {
 }
 
 /// Sessions of the connectors in this program.
-#[derive(Clone, Copy, Debug)]
-pub struct Connectors;
+#[derive(Clone, Debug)]
+pub struct Connectors {
+    /// What the log of a session may take of the machine.
+    pub room: Room,
+}
 
 impl Sessions for Connectors {
     fn start(&self, job: Job) -> JoinHandle<Result<()>> {
-        tokio::spawn(session(job))
+        tokio::spawn(session(job, self.room.clone()))
     }
 }
 
-async fn session(job: Job) -> Result<()> {
+async fn session(job: Job, room: Room) -> Result<()> {
     let config = stream_config(&job.desired)?;
     match (job.desired.source.engine.as_str(), job.desired.target.engine.as_str()) {
-        ("PostgreSQL", "PostgreSQL") => postgres_to_postgres(job, &config).await,
+        ("PostgreSQL", "PostgreSQL") => postgres_to_postgres(job, &config, room).await,
         (source, target) => Err(Error::stop(reason::INVALID_SPEC, format!("this worker knows no mirror from {source} to {target}"))),
     }
 }
 
-async fn postgres_to_postgres(job: Job, config: &StreamConfig) -> Result<()> {
+async fn postgres_to_postgres(job: Job, config: &StreamConfig, room: Room) -> Result<()> {
     let source = postgres_endpoint(&job.desired.source, &job.credentials.source)?;
     let target = postgres_endpoint(&job.desired.target, &job.credentials.target)?;
-    let source = PostgresSource::new(source, job.desired.slot.clone(), job.desired.publication.clone());
+    let source = PostgresSource::new(source, job.desired.slot.clone(), job.desired.publication.clone()).with_room(room);
     let target = PostgresTarget::new(target, config.owner.clone()).with_apply_connections(job.desired.stream.apply_connections);
     mirror(source, target, config, job).await
 }
@@ -91,7 +95,7 @@ mod tests {
             stop: Stop::default(),
             held: Arc::default(),
         };
-        let error = Connectors.start(job).await.unwrap().unwrap_err();
+        let error = Connectors { room: Room::in_memory(0) }.start(job).await.unwrap().unwrap_err();
         assert_eq!(error.reason, reason::INVALID_SPEC);
         assert!(error.message.contains("PostgreSQL to Oracle"), "{error}");
     }

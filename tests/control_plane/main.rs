@@ -4,7 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod chart;
 mod deletion;
+mod protection;
 mod references;
 mod rights;
 mod safety;

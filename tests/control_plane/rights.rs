@@ -1,14 +1,18 @@
 //! The chart's rights are enough: whole lives under the true service account, with rights in the whole cluster or in one namespace.
 
+use crate::chart;
 use crate::stage::Stage;
 use crate::support::eventually;
+use crate::support::operator::options_with;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use kube::ResourceExt as _;
 use kube::api::{DeleteParams, ListParams};
 use serde_json::json;
+use sluice::operator::permissions;
 use sluice::resources::Mirror;
 use sluice::resources::names::IN_USE_FINALIZER;
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 /// Sets up, suspends and deletes a Mirror; nothing that the operator asks for is forbidden.
@@ -22,6 +26,26 @@ async fn live_and_die(stage: &Stage) {
     let free = async || stage.get::<Secret>("source-login").await.is_some_and(|secret| secret.finalizers().is_empty());
     eventually(20, "the Secret is free", free).await;
     assert_eq!(stage.databases.slots(), ["mine"]);
+}
+
+#[test]
+fn the_chart_grants_what_the_operator_asks_for_and_no_more() {
+    for scopes in [&[][..], &["shop", "dw"]] {
+        let objects = chart::rendered("home", scopes);
+        let options = options_with("home", chart::arguments(&objects).iter().map(String::as_str));
+        let mut needed: BTreeSet<_> = permissions::needed(&options)
+            .iter()
+            .map(|right| {
+                let resource = right.subresource.map_or_else(|| right.resource.to_owned(), |sub| format!("{}/{sub}", right.resource));
+                chart::right(right.namespace.as_deref(), right.group, &resource, right.name.as_deref(), right.verb)
+            })
+            .collect();
+        // To ask whether it has the others.
+        needed.insert(chart::right(None, "authorization.k8s.io", "selfsubjectaccessreviews", None, "create"));
+        let granted = chart::granted(&objects);
+        let (missing, more): (Vec<_>, Vec<_>) = (needed.difference(&granted).collect(), granted.difference(&needed).collect());
+        assert!(missing.is_empty() && more.is_empty(), "missing: {missing:#?}\ntoo many: {more:#?}");
+    }
 }
 
 fn nothing_was_forbidden(stage: &Stage) {

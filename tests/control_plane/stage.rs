@@ -1,8 +1,9 @@
 //! A namespace of its own for each test, with both controllers at work in it.
 
+use crate::chart;
 use crate::support::apiserver::ApiServer;
+use crate::support::eventually;
 use crate::support::operator::{options, options_with};
-use crate::support::{cache, eventually};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
@@ -46,6 +47,8 @@ use tokio::task::JoinSet;
 pub trait Kind: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned {}
 impl<K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned> Kind for K {}
 
+/// Kinds that say who may do what.
+const ACCESS: [&str; 5] = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
 /// Secret at home with the key that signs calls to workers.
 const SIGNING_KEY: &str = "sluice-signing-key";
 
@@ -206,36 +209,40 @@ impl Stage {
 
     /// Makes what the chart makes of accounts and rights; in all namespaces when `scopes` is empty.
     async fn apply_rights_of_the_chart(&self, scopes: &[&str]) -> Chart {
-        let (mut account, mut arguments) = (None, None);
-        let chart = format!("{}/charts/sluice", env!("CARGO_MANIFEST_DIR"));
-        let helm = std::process::Command::new(cache().join("bin/helm"))
-            .args(["template", &self.home, &chart, "--namespace", &self.home, "--kube-version", "1.33.0", "--set", "crds.enabled=false"])
-            .args(["--set-json", &format!("watchNamespaces={}", json!(scopes))])
-            .output()
-            .expect("helm runs: `make deps` fetches it");
-        assert!(helm.status.success(), "{}", String::from_utf8_lossy(&helm.stderr));
-        for document in String::from_utf8_lossy(&helm.stdout).split("\n---\n") {
-            let object: Option<DynamicObject> = serde_yaml::from_str(document).expect("a manifest");
-            let Some(object) = object else { continue };
-            let types = object.types.clone().expect("a kind");
-            if types.kind == "Deployment" {
-                let list = object.data["spec"]["template"]["spec"]["containers"][0]["args"].as_array().expect("arguments").clone();
-                arguments = Some(list.iter().skip(1).map(|argument| argument.as_str().expect("text").to_owned()).collect());
-            }
-            if !["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"].contains(&types.kind.as_str()) {
-                continue;
-            }
-            let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(&types).expect("a group"));
-            let api: Api<DynamicObject> = match object.namespace() {
-                Some(namespace) => Api::namespaced_with(self.client.clone(), &namespace, &resource),
-                None => Api::all_with(self.client.clone(), &resource),
-            };
-            api.patch(&object.name_any(), &PatchParams::apply("tests").force(), &Patch::Apply(&object)).await.expect("applied");
-            if types.kind == "ServiceAccount" {
-                account = Some(object.name_any());
-            }
+        let objects = chart::rendered(&self.home, scopes);
+        for object in objects.iter().filter(|object| ACCESS.contains(&chart::kind(object))) {
+            self.apply(object).await;
         }
-        Chart { account: account.expect("the chart makes an account"), arguments: arguments.expect("the chart makes a Deployment") }
+        let account = objects.iter().find(|object| chart::kind(object) == "ServiceAccount").expect("the chart makes an account");
+        Chart { account: account.name_any(), arguments: chart::arguments(&objects) }
+    }
+
+    async fn apply(&self, object: &DynamicObject) {
+        let types = object.types.as_ref().expect("a kind");
+        let resource = ApiResource::from_gvk(&GroupVersionKind::try_from(types).expect("a group"));
+        let api: Api<DynamicObject> = match object.namespace() {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), &namespace, &resource),
+            None => Api::all_with(self.client.clone(), &resource),
+        };
+        api.patch(&object.name_any(), &PatchParams::apply("tests").force(), &Patch::Apply(object)).await.expect("applied");
+    }
+
+    /// Makes the chart's admission policy, in force in this stage's namespace only; returns its name.
+    pub async fn apply_policy_of_the_chart(&self) -> String {
+        for mut object in chart::rendered(&self.home, &[]) {
+            match chart::kind(&object) {
+                "ValidatingAdmissionPolicy" => {}
+                "ValidatingAdmissionPolicyBinding" => {
+                    let here = json!({"matchLabels": {"kubernetes.io/metadata.name": self.namespace}});
+                    object.data["spec"]["matchResources"] = json!({"namespaceSelector": here});
+                    object.data["spec"]["policyName"] = json!(self.home);
+                }
+                _ => continue,
+            }
+            object.metadata.name = Some(self.home.clone());
+            self.apply(&object).await;
+        }
+        self.home.clone()
     }
 
     /// Requests to the API server with these labels.

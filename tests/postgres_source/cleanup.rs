@@ -36,7 +36,8 @@ async fn somebody_elses_reader_and_publication_stay(major: u32) {
     database.run(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")).await;
     let mut endpoint = database.server.endpoint(&database.name);
     let reader = connect_replication(&endpoint, "somebody").await.unwrap();
-    let stream = reader.start(&slot, sluice::connectors::postgres::Lsn(0), &publication, false).await.unwrap();
+    let format = sluice::connectors::postgres::replication::StreamFormat { binary: false, streaming: false };
+    let stream = reader.start(&slot, sluice::connectors::postgres::Lsn(0), &publication, format).await.unwrap();
     let doomed = Doomed { slot: &slot, drop_slot: true, publication: Some(&publication) };
     let error = drop_slot_and_publication(&endpoint, doomed).await.unwrap_err();
     assert!(error.reason == reason::SLOT_IN_USE && error.message.contains("(somebody)"), "{error}");

@@ -1,11 +1,12 @@
 //! A consumer of the log that checks each part's promises and plays the changes onto tables in memory.
 
 use sluice::connectors::postgres::connect::{Side, connect};
-use sluice::connectors::postgres::log::PostgresLog;
+use sluice::connectors::postgres::log::{LogConfig, PostgresLog};
 use sluice::connectors::postgres::replication::connect_replication;
 use sluice::connectors::postgres::{Endpoint, Lsn};
 use sluice::engine::batch::{Batch, CellKind, Image, Op, Part};
 use sluice::engine::roles::{BatchLimits, ChangeLog as _};
+use sluice::engine::spill::Room;
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::collections::HashMap;
 use std::error::Error;
@@ -299,11 +300,29 @@ pub async fn create_slot(endpoint: &Endpoint, slot: &str) -> Lsn {
     connect_replication(endpoint, "").await.unwrap().create_slot(slot, false, false).await.unwrap().consistent_point
 }
 
+/// Slot `s` with publication `p`, and memory enough.
+pub fn config(endpoint: &Endpoint, tables: &[MappedTable], binary: bool, limits: BatchLimits) -> LogConfig {
+    LogConfig {
+        endpoint: endpoint.clone(),
+        slot: "s".into(),
+        publication: "p".into(),
+        tables: tables.to_vec(),
+        binary,
+        limits,
+        room: Room::in_memory(64 << 20),
+    }
+}
+
 /// Opens slot `s` with publication `p`; a reader that has just gone may still hold it for a moment.
 pub async fn open(endpoint: &Endpoint, from: Lsn, tables: &[MappedTable], binary: bool, limits: BatchLimits) -> PostgresLog {
+    open_with(config(endpoint, tables, binary, limits), from).await
+}
+
+/// The same with other settings.
+pub async fn open_with(config: LogConfig, from: Lsn) -> PostgresLog {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     loop {
-        match PostgresLog::open(endpoint, "s", "p", from, tables, binary, limits).await {
+        match PostgresLog::open(config.clone(), from).await {
             Ok(log) => return log,
             Err(error) if error.reason == sluice::engine::error::reason::SLOT_IN_USE && tokio::time::Instant::now() < deadline => {
                 tokio::time::sleep(Duration::from_millis(20)).await;

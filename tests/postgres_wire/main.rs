@@ -7,7 +7,11 @@ mod follow;
 mod sessions;
 mod slots;
 mod stream;
+mod streamed;
+mod streamed_worker;
 mod tls;
+#[path = "../support/worker.rs"]
+mod worker;
 
 /// One test per major.
 macro_rules! on_all_majors {
@@ -28,4 +32,10 @@ macro_rules! on_all_majors {
     };
 }
 
-on_all_majors!(crate::sessions::sessions_and_slots as sessions_and_slots, crate::tls::modes as tls_modes, crate::stream::stream as log,);
+on_all_majors!(
+    crate::sessions::sessions_and_slots as sessions_and_slots,
+    crate::tls::modes as tls_modes,
+    crate::stream::stream as log,
+    crate::streamed::streamed as streamed_log,
+    crate::streamed_worker::killed as streamed_to_a_worker,
+);

@@ -1,15 +1,16 @@
 //! The log: contents, order, flow, stalls, failures.
 
-use crate::follow::{Follower, LIMITS, Value, create_slot, head, mapped, open, publish};
+use crate::follow::{Follower, LIMITS, Value, config, create_slot, head, mapped, open, open_with, publish};
 use crate::support::{Postgres, eventually};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
-use sluice::connectors::postgres::log::PostgresLog;
+use sluice::connectors::postgres::log::{LogConfig, PostgresLog};
 use sluice::connectors::postgres::pgoutput::{Decoder, binary_allowed};
 use sluice::connectors::postgres::{Endpoint, Lsn};
 use sluice::engine::batch::{Batch, Op};
 use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::{BatchLimits, ChangeLog as _};
+use sluice::engine::spill::Room;
 use sluice::engine::table::MappedTable;
 use std::time::{Duration, Instant};
 
@@ -161,7 +162,7 @@ impl Simple {
 }
 
 /// Drops a slot as soon as nobody reads from it.
-async fn drop_slot(client: &tokio_postgres::Client, slot: &str) {
+pub async fn drop_slot(client: &tokio_postgres::Client, slot: &str) {
     eventually(10, "the slot is dropped", || async { client.execute("SELECT pg_drop_replication_slot($1)", &[&slot]).await.is_ok() }).await;
 }
 
@@ -252,8 +253,8 @@ async fn restarts(simple: &Simple, mut follower: Follower, limits: BatchLimits) 
         assert_eq!(again, expected, "after {}", transaction.end);
     }
     // Only one can read.
-    let error =
-        PostgresLog::open(&simple.endpoint, "s", "p", follower.received, &simple.tables, true, limits).await.err().expect("a failure");
+    let again = config(&simple.endpoint, &simple.tables, true, limits);
+    let error = PostgresLog::open(again, follower.received).await.err().expect("a failure");
     assert_eq!((error.class, error.reason), (Class::Retry, reason::SLOT_IN_USE), "{error}");
     drop(follower);
     eventually(10, "the walsender ends with the log", || async {
@@ -268,8 +269,11 @@ async fn stalls(server: &Postgres) {
     let client = &simple.client;
     let limits = BatchLimits { rows: 100_000, bytes: 64 * 1024, ..LIMITS };
     client.batch_execute("INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 20000) i").await.unwrap();
-    let mut follower = simple.open(simple.from, limits).await;
-    eventually(10, "the buffer is full", || async { follower.log.buffered() >= 3 * limits.bytes }).await;
+    let room = Room::in_memory(8 * limits.bytes);
+    let config = LogConfig { room, ..config(&simple.endpoint, &simple.tables, true, limits) };
+    let mut follower = Follower::new(open_with(config, simple.from).await, limits);
+    let memory = |follower: &Follower| usize::try_from(follower.log.load().memory).unwrap();
+    eventually(10, "the buffer is full", || async { memory(&follower) >= 3 * limits.bytes }).await;
 
     let (mut replies, mut last) = (0, None);
     let stalled = Instant::now();
@@ -284,7 +288,7 @@ async fn stalls(server: &Postgres) {
         last = reply;
         // One read more than the budget may be in it, and what the bookkeeping of rows takes.
         let most = 4 * limits.bytes + 2 * 256 * 1024;
-        assert!(follower.log.buffered() <= most, "{} bytes", follower.log.buffered());
+        assert!(memory(&follower) <= most, "{} bytes", memory(&follower));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     follower.follow_to_head(client).await;
@@ -296,12 +300,14 @@ async fn stalls(server: &Postgres) {
 /// What ends a stream, and what still comes before it.
 async fn failures(server: &mut Postgres) {
     let Simple { client, endpoint, tables, from } = Simple::make(server, "failures").await;
-    let error = PostgresLog::open(&endpoint, "missing", "p", from, &tables, true, LIMITS).await.err().expect("a failure");
+    let missing = LogConfig { slot: "missing".into(), ..config(&endpoint, &tables, true, LIMITS) };
+    let error = PostgresLog::open(missing, from).await.err().expect("a failure");
     assert_eq!((error.class, error.reason), (Class::Stop, reason::SLOT_LOST), "{error}");
 
     // A publication that was not there at the position read.
     client.batch_execute("INSERT INTO t VALUES (1, 'x')").await.unwrap();
-    let mut log = PostgresLog::open(&endpoint, "s", "other", from, &tables, true, LIMITS).await.unwrap();
+    let other = LogConfig { publication: "other".into(), ..config(&endpoint, &tables, true, LIMITS) };
+    let mut log = PostgresLog::open(other, from).await.unwrap();
     let error = ended(&mut log).await;
     assert_eq!((error.class, error.reason), (Class::Stop, reason::PUBLICATION_MISSING), "{error}");
     drop(log);

@@ -7,7 +7,7 @@ pub mod operator;
 use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// Majors that are tested: the main one, an older and a newer.
@@ -91,15 +91,24 @@ impl Postgres {
     }
 
     fn wait_ready(&mut self) {
+        if let Err(status) = self.until_ready() {
+            panic!("postgres ended: {status}\n{}", self.log());
+        }
+    }
+
+    /// Waits until connections are accepted; fails when the server ends before that.
+    fn until_ready(&mut self) -> Result<(), ExitStatus> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(status) = self.process.try_wait().expect("the server's state") {
-                panic!("postgres ended: {status}\n{}", self.log());
+                return Err(status);
             }
-            // The postmaster writes "ready" (a standby: "standby") into its pid file when it accepts connections.
+            // The postmaster writes "ready" (a standby: "standby") into its pid file when it accepts connections. A killed one leaves
+            // its file behind.
             let pid_file = std::fs::read_to_string(self.data().join("postmaster.pid")).unwrap_or_default();
-            if pid_file.lines().nth(7).is_some_and(|line| matches!(line.trim(), "ready" | "standby")) {
-                return;
+            let is_ours = pid_file.lines().next() == Some(self.process.id().to_string().as_str());
+            if is_ours && pid_file.lines().nth(7).is_some_and(|line| matches!(line.trim(), "ready" | "standby")) {
+                return Ok(());
             }
             assert!(Instant::now() < deadline, "postgres is not ready\n{}", self.log());
             std::thread::sleep(Duration::from_millis(20));
@@ -117,6 +126,21 @@ impl Postgres {
         let _ = self.process.wait();
         self.process = spawn(self.as_nobody, &self.bin, self.path());
         self.wait_ready();
+    }
+
+    /// Signal 9 to the postmaster. It is started again as soon as the last of its children has noticed: until then the data
+    /// folder is taken.
+    pub fn kill_9_and_restart(&mut self) {
+        let _ = self.process.kill();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let _ = self.process.wait();
+            self.process = spawn(self.as_nobody, &self.bin, self.path());
+            match self.until_ready() {
+                Ok(()) => return,
+                Err(status) => assert!(Instant::now() < deadline, "postgres ended: {status}\n{}", self.log()),
+            }
+        }
     }
 
     /// Stops and does not start.

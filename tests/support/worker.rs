@@ -22,6 +22,8 @@ pub struct Worker {
     pub port: u16,
     key: SigningKey,
     pub desired: Desired,
+    /// More arguments for the next process.
+    pub arguments: Vec<String>,
 }
 
 /// A desired document for a mirror between two test servers.
@@ -85,7 +87,7 @@ impl Worker {
         let key = SigningKey::generate().expect("a key");
         let mut desired = desired(source, target, tables, &key, folder.path());
         change(&mut desired);
-        let mut worker = Self { folder, process: None, port: 0, key, desired };
+        let mut worker = Self { folder, process: None, port: 0, key, desired, arguments: Vec::new() };
         for side in ["source", "target"] {
             worker.write_credentials(side, "postgres", "pw");
         }
@@ -123,6 +125,7 @@ impl Worker {
             .arg(self.path("config"))
             .arg("--state-folder")
             .arg(self.path("state"))
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log file"))
             .stderr(log)

@@ -5,7 +5,7 @@ use crate::support::eventually;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use sluice::worker::contract::{BODY_LIMIT, Failure, Phase, Status};
+use sluice::worker::contract::{BODY_LIMIT, Failure, Notice, Phase, Status};
 use sluice::worker::supervise::Exit;
 use sluice::worker::token::{SigningKey, sign};
 use std::net::SocketAddr;
@@ -169,6 +169,10 @@ fn the_status_document_is_as_written_down() {
         streaming: false,
         apply_mode: Some("Replica".to_owned()),
         waiting: Some("pid 7".to_owned()),
+        log_memory_bytes: Some(1),
+        spill_bytes: Some(2),
+        spill_limit_bytes: Some(3),
+        notice: Some(Notice { reason: "SpillFull".to_owned(), message: "no room".to_owned() }),
         error: Some(Failure {
             class: "Retry".to_owned(),
             reason: "SourceUnreachable".to_owned(),
@@ -183,7 +187,8 @@ fn the_status_document_is_as_written_down() {
         "received": "0/30", "applied": "0/20", "confirmed": "0/10", "lagBytes": 16, "lagSeconds": 1, "latencyP50Milliseconds": 4, "latencyP99Milliseconds": 12,
         "tables": {"Ready": 1, "Error": 1}, "tableErrors": {"public.log": "LeftPublication"},
         "rowsCopied": 10, "rowsToCopy": 20, "rowsStreamed": 30, "snapshotCompleted": true, "streaming": false,
-        "applyMode": "Replica", "waiting": "pid 7",
+        "applyMode": "Replica", "waiting": "pid 7", "logMemoryBytes": 1, "spillBytes": 2, "spillLimitBytes": 3,
+        "notice": {"reason": "SpillFull", "message": "no room"},
         "error": {"class": "Retry", "reason": "SourceUnreachable", "message": "no route", "count": 2, "retryInSeconds": 4},
     });
     assert_eq!(serde_json::to_value(&status).unwrap(), full);

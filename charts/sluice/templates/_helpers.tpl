@@ -61,10 +61,10 @@ app.kubernetes.io/part-of: sluice
 # Report what was observed.
 - apiGroups: [sluice.dev]
   resources: [sources/status, targets/status, mirrors/status]
-  verbs: [get, patch]
-# Own children with blockOwnerDeletion where OwnerReferencesPermissionEnforcement is on.
+  verbs: [patch]
+# Mirrors own their children with blockOwnerDeletion, where OwnerReferencesPermissionEnforcement is on.
 - apiGroups: [sluice.dev]
-  resources: [sources/finalizers, targets/finalizers, mirrors/finalizers]
+  resources: [mirrors/finalizers]
   verbs: [update]
 {{- if .Values.protectSecrets }}
 # Read the credentials that Sources and Targets name, one by one (no list, no watch);
@@ -81,7 +81,7 @@ app.kubernetes.io/part-of: sluice
 # A worker's configuration; server-side apply needs create and patch.
 - apiGroups: [""]
   resources: [configmaps]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, create, patch, delete]
 # The worker itself.
 - apiGroups: [apps]
   resources: [deployments]
@@ -90,7 +90,7 @@ app.kubernetes.io/part-of: sluice
 # delete ends a pod that is stuck on a lost node.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, patch, delete]
+  verbs: [list, watch, patch, delete]
 {{- if .Values.worker.networkPolicies }}
 # Let only the operator and Prometheus reach a worker's port (worker.networkPolicies).
 - apiGroups: [networking.k8s.io]

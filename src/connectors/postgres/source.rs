@@ -4,7 +4,7 @@ use super::catalog;
 use super::catalog::rules::Server;
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
-use super::log::PostgresLog;
+use super::log::{LogConfig, PostgresLog};
 use super::lsn::Lsn;
 use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
@@ -14,6 +14,7 @@ use super::snapshot::PostgresSnapshot;
 use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
+use crate::engine::spill::Room;
 use crate::engine::table::{MappedTable, QualifiedName};
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
@@ -21,12 +22,14 @@ use std::time::Duration;
 
 /// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// Memory of the log, in bytes.
+const MEMORY: usize = 64 * 1024 * 1024;
 /// How long the creation of a slot waits for older transactions.
 const CREATION_LIMIT: Duration = Duration::from_secs(600);
 /// Oldest version that is read: it has TID range scans and pgoutput with all that is needed.
 pub(super) const OLDEST_VERSION: i32 = 140_000;
 /// Begins the names of our sessions; that of those which read from the log is this alone.
-const APPLICATION_NAME: &str = "sluice";
+pub(super) const APPLICATION_NAME: &str = "sluice";
 
 /// A database that is read, through one slot and one publication.
 pub struct PostgresSource {
@@ -34,6 +37,7 @@ pub struct PostgresSource {
     slot: String,
     publication: String,
     creation_limit: Duration,
+    room: Room,
     /// A session for statements, kept between them.
     session: Mutex<Option<Session>>,
     waiting: Mutex<Option<String>>,
@@ -50,6 +54,7 @@ impl PostgresSource {
             slot: slot.into(),
             publication: publication.into(),
             creation_limit: CREATION_LIMIT,
+            room: Room::in_memory(MEMORY),
             session: Mutex::default(),
             waiting: Mutex::default(),
             system_identifier: Mutex::default(),
@@ -60,6 +65,13 @@ impl PostgresSource {
     #[must_use]
     pub fn with_creation_limit(mut self, limit: Duration) -> Self {
         self.creation_limit = limit;
+        self
+    }
+
+    /// The same with another room for the log; 64 MiB of memory otherwise.
+    #[must_use]
+    pub fn with_room(mut self, room: Room) -> Self {
+        self.room = room;
         self
     }
 
@@ -208,7 +220,16 @@ impl Source for PostgresSource {
         // The claim on the target was made before: an old worker that may still be there can't write any more.
         slot::release(&session, &self.endpoint, &self.slot).await?;
         self.keep(session);
-        PostgresLog::start(client, &self.slot, &self.publication, *from, tables, binary_allowed(tables), limits).await
+        let config = LogConfig {
+            endpoint: self.endpoint.clone(),
+            slot: self.slot.clone(),
+            publication: self.publication.clone(),
+            tables: tables.to_vec(),
+            binary: binary_allowed(tables),
+            limits,
+            room: self.room.clone(),
+        };
+        PostgresLog::start(client, config, *from).await
     }
 
     async fn left_timeline_at(&self, timeline: i64) -> Result<Option<Lsn>> {

@@ -208,7 +208,7 @@ fn failed_tables(errors: &BTreeMap<String, String>) -> Option<Problem> {
 
 fn findings(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Vec<Finding> {
     vec![
-        ready(situation, old),
+        ready(facts, situation, old),
         reconciling(facts, situation),
         stalled(facts, situation),
         snapshot_completed(facts, situation, old),
@@ -218,10 +218,14 @@ fn findings(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) ->
     ]
 }
 
-fn ready(situation: &Situation<'_>, old: &MirrorStatus) -> Finding {
+fn ready(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Finding {
+    let notice = facts.observed.worker.status().and_then(|status| status.notice.as_ref());
     match situation {
         Situation::Suspended => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
-        Situation::Streaming => Finding::yes(kind::READY, reason::STREAMING, "every table follows the stream"),
+        Situation::Streaming => match notice {
+            None => Finding::yes(kind::READY, reason::STREAMING, "every table follows the stream"),
+            Some(notice) => Finding::yes(kind::READY, documented(&notice.reason), notice.message.clone()),
+        },
         // It streams on, as far as anybody knows.
         Situation::Outdated(why) => Finding { message: (*why).to_owned(), ..kept(kind::READY, reason::WORKER_OUTDATED, old) },
         other => Finding::no(kind::READY, other.reason(), other.message()),

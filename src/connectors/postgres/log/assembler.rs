@@ -42,8 +42,32 @@ impl Assembler {
         }
     }
 
-    /// Takes one message; a part that can't take more goes to `out`, at most one.
+    /// Takes one message of a whole transaction; a part that can't take more goes to `out`, at most one.
     pub(super) fn message(&mut self, message: &[u8], now: Instant, out: &mut Vec<Part<Lsn>>) -> Result<()> {
+        self.make_room(message, out)?;
+        match self.decoder.decode(message, &mut self.batch)? {
+            Message::Begin { commit_start } => self.begin(commit_start),
+            Message::Commit { end, committed_at } => self.commit(end, committed_at, now, out),
+            Message::Own { content } => {
+                self.message = Some(content.to_owned());
+                Ok(())
+            }
+            Message::Changes | Message::Other => Ok(()),
+        }
+    }
+
+    /// The same with a message of a streamed transaction, between [`Self::begin`] and [`Self::commit`].
+    pub(super) fn streamed(&mut self, message: &[u8], out: &mut Vec<Part<Lsn>>) -> Result<()> {
+        self.make_room(message, out)?;
+        match self.decoder.decode_streamed(message, &mut self.batch)? {
+            Message::Own { content } => self.message = Some(content.to_owned()),
+            Message::Changes | Message::Other => {}
+            Message::Begin { .. } | Message::Commit { .. } => return Err(violation("pgoutput: a transaction inside a streamed one")),
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self, message: &[u8], out: &mut Vec<Part<Lsn>>) -> Result<()> {
         if Decoder::adds_changes(message) {
             if self.transaction.is_none() {
                 return Err(violation("pgoutput: a change outside of a transaction"));
@@ -52,21 +76,7 @@ impl Assembler {
                 out.push(self.seal());
             }
         }
-        match self.decoder.decode(message, &mut self.batch)? {
-            Message::Begin { commit_start } => self.begin(commit_start),
-            Message::Commit { end, committed_at } => {
-                self.commit(end, committed_at, now)?;
-                if self.continues || self.is_full(&self.batch) || self.has_waited(now) {
-                    out.push(self.seal());
-                }
-                Ok(())
-            }
-            Message::Own { content } => {
-                self.message = Some(content.to_owned());
-                Ok(())
-            }
-            Message::Changes | Message::Other => Ok(()),
-        }
+        Ok(())
     }
 
     /// The server has nothing for us up to `end`; counts only between transactions.
@@ -118,14 +128,26 @@ impl Assembler {
         self.received
     }
 
-    fn begin(&mut self, commit_start: Lsn) -> Result<()> {
+    /// Whether a transaction is under way.
+    pub(super) fn is_inside(&self) -> bool {
+        self.transaction.is_some()
+    }
+
+    /// Goes on with another connection, which describes all tables anew. Between transactions only.
+    pub(super) fn reconnect(&mut self, decoder: Decoder) {
+        self.decoder = decoder;
+    }
+
+    /// A transaction begins; where its commit record starts.
+    pub(super) fn begin(&mut self, commit_start: Lsn) -> Result<()> {
         match self.transaction.replace(commit_start) {
             None => Ok(()),
             Some(_) => Err(violation("pgoutput: a transaction begins inside another")),
         }
     }
 
-    fn commit(&mut self, end: Lsn, committed_at: SystemTime, now: Instant) -> Result<()> {
+    /// The transaction that is under way ends.
+    pub(super) fn commit(&mut self, end: Lsn, committed_at: SystemTime, now: Instant, out: &mut Vec<Part<Lsn>>) -> Result<()> {
         if self.transaction.take().is_none() {
             return Err(violation("pgoutput: a transaction ends that did not begin"));
         }
@@ -149,6 +171,9 @@ impl Assembler {
         }
         self.received = self.received.max(end);
         self.whole_since.get_or_insert(now);
+        if self.continues || self.is_full(&self.batch) || self.has_waited(now) {
+            out.push(self.seal());
+        }
         Ok(())
     }
 

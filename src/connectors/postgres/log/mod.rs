@@ -4,57 +4,95 @@
 //! woken for each makes it slow (see reader.rs). The thread also sends the standby status updates, whatever the consumer
 //! does, so that a slow target never runs into `wal_sender_timeout`.
 //!
-//! Invariants: parts hold what [`crate::engine::batch::Part`] promises; only what was confirmed is reported to the server.
+//! Large transactions arrive in slices before they have ended. Slices are kept apart (streams.rs) and replayed at their commit.
+//! When there is no room for them the thread starts the stream again without streaming, until the transaction that took the
+//! most room is over: then large transactions wait on the source's disk.
+//!
+//! Invariants: parts hold what [`crate::engine::batch::Part`] promises; only what was confirmed is reported to the server;
+//! memory stays in [`Room::memory`], but for one part and one read.
 
 mod assembler;
 mod buffer;
+mod feed;
 mod input;
+mod opener;
 mod reader;
+mod streams;
 
 use super::endpoint::Endpoint;
 use super::lsn::Lsn;
 use super::pgoutput::Decoder;
 use super::replication::{ReplicationClient, connect_replication};
+use super::source::APPLICATION_NAME;
 use crate::engine::batch::Part;
 use crate::engine::error::{Error, Result};
-use crate::engine::roles::{BatchLimits, ChangeLog};
+use crate::engine::roles::{BatchLimits, ChangeLog, LogLoad, Notice};
+use crate::engine::spill::{Room, Spill, Taken};
 use crate::engine::table::MappedTable;
 use assembler::Assembler;
 use buffer::Buffer;
+use feed::Feed;
+use opener::Opener;
 use reader::Reader;
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use streams::Streams;
 
-/// Parts that may lie in the buffer, counted in bytes of the largest.
-const BUFFERED_PARTS: usize = 4;
+/// Parts that may lie in the buffer, at least, counted in bytes of the largest.
+const BUFFERED_PARTS: usize = 2;
 /// Longest pause between two status updates.
 const LONGEST_FEEDBACK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What is read, and with which means.
+#[derive(Clone)]
+pub struct LogConfig {
+    /// The source.
+    pub endpoint: Endpoint,
+    /// Replication slot.
+    pub slot: String,
+    /// Publication.
+    pub publication: String,
+    /// Tables whose rows matter.
+    pub tables: Vec<MappedTable>,
+    /// Values in binary; only if [`super::pgoutput::binary_allowed`] for these tables.
+    pub binary: bool,
+    /// Limits of one part.
+    pub limits: BatchLimits,
+    /// What may be taken of the machine.
+    pub room: Room,
+}
 
 /// A replication slot that is being read. When it is dropped, the last confirmed position is sent and the session ends.
 pub struct PostgresLog {
     buffer: Arc<Buffer>,
-    positions: Arc<Positions>,
-    socket: TcpStream,
+    shared: Arc<Shared>,
+    taken: Arc<Taken>,
+    spill_limit: u64,
 }
 
-/// Positions that reader and consumer share.
-struct Positions {
+/// What reader and consumer share besides the buffer.
+struct Shared {
     received: AtomicU64,
     server_end: AtomicU64,
     confirmed: AtomicU64,
     /// Relation messages so far.
     announced: AtomicU64,
+    notice: Mutex<Option<Notice>>,
+    /// A second handle of the socket, with which the reader is woken.
+    socket: Mutex<TcpStream>,
 }
 
-impl Positions {
-    fn new(from: Lsn) -> Self {
+impl Shared {
+    fn new(from: Lsn, socket: TcpStream) -> Self {
         Self {
             received: AtomicU64::new(from.0),
             server_end: AtomicU64::new(from.0),
             confirmed: AtomicU64::new(from.0),
             announced: AtomicU64::new(0),
+            notice: Mutex::default(),
+            socket: Mutex::new(socket),
         }
     }
 
@@ -66,47 +104,32 @@ impl Positions {
 impl PostgresLog {
     /// Connects and reads from the slot after `from`, the durable position: what was confirmed earlier is confirmed again,
     /// but nothing before it is sent. The caller has compared `from` with the slot's confirmed position; the server would
-    /// silently start at the later one. `binary` only if [`super::pgoutput::binary_allowed`] for these tables.
-    pub async fn open(
-        endpoint: &Endpoint,
-        slot: &str,
-        publication: &str,
-        from: Lsn,
-        tables: &[MappedTable],
-        binary: bool,
-        limits: BatchLimits,
-    ) -> Result<Self> {
-        let client = connect_replication(endpoint, "").await?;
-        Self::start(client, slot, publication, from, tables, binary, limits).await
+    /// silently start at the later one.
+    pub async fn open(config: LogConfig, from: Lsn) -> Result<Self> {
+        let client = connect_replication(&config.endpoint, APPLICATION_NAME).await?;
+        Self::start(client, config, from).await
     }
 
     /// The same on a session on which the caller has looked at the server, for example with
     /// [`ReplicationClient::expect_system`].
-    pub async fn start(
-        mut client: ReplicationClient,
-        slot: &str,
-        publication: &str,
-        from: Lsn,
-        tables: &[MappedTable],
-        binary: bool,
-        limits: BatchLimits,
-    ) -> Result<Self> {
+    pub async fn start(mut client: ReplicationClient, config: LogConfig, from: Lsn) -> Result<Self> {
         let feedback_interval = feedback_interval(&mut client).await?;
-        let copy = client.start(slot, from, publication, binary).await?;
-        let buffer = Arc::new(Buffer::new(limits.bytes.saturating_mul(BUFFERED_PARTS)));
-        let positions = Arc::new(Positions::new(from));
-        let assembler = Assembler::new(Decoder::new(tables), limits, from);
-        let reader = Reader::new(copy, assembler, Arc::clone(&buffer), Arc::clone(&positions), feedback_interval);
-        let (reader, socket) = reader.map_err(|error| Error::bug(format!("the replication socket: {error}")))?;
+        // Half for parts that wait, half for what is kept of transactions that have not ended.
+        let share = config.room.memory / 2;
+        let limits = BatchLimits { bytes: config.limits.bytes.min(share / BUFFERED_PARTS), ..config.limits };
+        let config = Arc::new(config);
+        let opener = Opener::new(Arc::clone(&config), &mut client).await?;
+        let copy = opener.start(client, from, true).await?;
+
+        let spill = Spill::open(share, config.room.disk.as_ref());
+        let (taken, spill_limit) = (spill.taken(), spill.disk_limit());
+        let buffer = Arc::new(Buffer::new(share));
+        let feed = Feed::new(Assembler::new(Decoder::new(&config.tables), limits, from), Streams::new(spill));
+        let reader = Reader::new(copy, feed, Arc::clone(&buffer), opener, feedback_interval)?;
+        let shared = reader.shared();
         let thread = std::thread::Builder::new().name("postgres-log".into()).spawn(move || reader.run());
         thread.map_err(|error| Error::bug(format!("no thread for the log: {error}")))?;
-        Ok(Self { buffer, positions, socket })
-    }
-
-    /// Memory taken by parts that wait to be handed over, in bytes.
-    #[must_use]
-    pub fn buffered(&self) -> usize {
-        self.buffer.bytes()
+        Ok(Self { buffer, shared, taken, spill_limit })
     }
 }
 
@@ -134,17 +157,26 @@ impl ChangeLog for PostgresLog {
 
     fn confirm(&self, durable: &Lsn) {
         // Never backwards: the server would not take it either.
-        self.positions.confirmed.fetch_max(durable.0, Ordering::AcqRel);
+        self.shared.confirmed.fetch_max(durable.0, Ordering::AcqRel);
     }
 
     fn announced(&self) -> u64 {
-        self.positions.announced.load(Ordering::Acquire)
+        self.shared.announced.load(Ordering::Acquire)
     }
 
     fn received(&self) -> (Lsn, Lsn) {
-        let received = self.positions.received.load(Ordering::Acquire);
-        let server_end = self.positions.server_end.load(Ordering::Acquire);
+        let received = self.shared.received.load(Ordering::Acquire);
+        let server_end = self.shared.server_end.load(Ordering::Acquire);
         (Lsn(received), Lsn(server_end.max(received)))
+    }
+
+    fn load(&self) -> LogLoad {
+        LogLoad {
+            memory: (self.buffer.bytes() + self.taken.memory()) as u64,
+            spilled: self.taken.disk(),
+            spill_limit: self.spill_limit,
+            notice: guard(&self.shared.notice).clone(),
+        }
     }
 }
 
@@ -152,6 +184,11 @@ impl Drop for PostgresLog {
     fn drop(&mut self) {
         self.buffer.close();
         // Wakes the reader, which then says goodbye on the half that is still open.
-        let _ = self.socket.shutdown(Shutdown::Read);
+        let _ = guard(&self.shared.socket).shutdown(Shutdown::Read);
     }
+}
+
+/// What a panicking holder leaves is whole: each value is set in one step.
+fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

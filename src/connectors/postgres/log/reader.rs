@@ -4,17 +4,21 @@
 //! waking it than on decoding; so while data flows the thread takes a short nap after a small read and lets more pile up.
 //! An idle stream blocks in its read, and a transaction that has ended is handed over before the nap.
 
-use super::Positions;
-use super::assembler::Assembler;
 use super::buffer::Buffer;
+use super::feed::Feed;
 use super::input::Input;
+use super::opener::{Awaited, Opener};
+use super::streams::{NoRoom, Trouble};
+use super::{Shared, guard};
 use crate::connectors::postgres::connect::{BlockingTransport, Side};
 use crate::connectors::postgres::errors::{self, violation};
 use crate::connectors::postgres::lsn::Lsn;
+use crate::connectors::postgres::pgoutput::Decoder;
 use crate::connectors::postgres::replication::cursor::Cursor;
 use crate::connectors::postgres::replication::{CopyBoth, server_error};
 use crate::engine::batch::Part;
-use crate::engine::error::{Error, Result};
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::Notice;
 use std::io::{self, ErrorKind};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -37,12 +41,20 @@ const NAP: Duration = Duration::from_micros(200);
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// unless it moved that far, in bytes.
 const IDLE_DISTANCE: u64 = 16 * 1024 * 1024;
+/// How long streaming is off after a defect of the server.
+const DEFECT_PAUSE: Duration = Duration::from_secs(300);
+/// Begins the codes of errors that should not happen (manual: "PostgreSQL Error Codes", class XX).
+const INTERNAL_ERRORS: &str = "XX";
 /// What is being done, for messages of errors.
 const DOING: &str = "replication stream";
 
 pub(super) struct Reader {
     connection: Connection,
     intake: Intake,
+    opener: Opener,
+    feedback_interval: Duration,
+    /// Streaming is off until this is over.
+    awaited: Option<Awaited>,
     /// When the last data came.
     last_data: Option<Instant>,
     /// Bytes since the socket was last empty.
@@ -53,17 +65,28 @@ pub(super) struct Reader {
 struct Connection {
     transport: BlockingTransport,
     input: Input,
-    feedback_interval: Duration,
     reported: Lsn,
     reported_at: Instant,
 }
 
+/// Why transactions can't be received before they have ended.
+enum Fallback {
+    NoRoom(NoRoom),
+    /// The server says that something is wrong inside of it. PostgreSQL 14 to 17 fail so to decode a transaction that alters a
+    /// table after it has rolled back another alteration of the same table, but only while it is open.
+    Defect(Error),
+}
+
 /// Where received messages go.
 struct Intake {
-    assembler: Assembler,
+    feed: Feed,
     buffer: Arc<Buffer>,
-    positions: Arc<Positions>,
+    shared: Arc<Shared>,
     parts: Vec<Part<Lsn>>,
+    /// Transactions are sent before they have ended.
+    is_streaming: bool,
+    /// Why that can't go on: nothing more is taken from this connection.
+    fallback: Option<Fallback>,
     server_end: Lsn,
     reply_requested: bool,
     /// Position that the consumer knows when it has applied all that was handed over.
@@ -72,30 +95,28 @@ struct Intake {
 }
 
 impl Reader {
-    /// A reader, and a second handle of its socket with which it is woken.
-    pub(super) fn new(
-        copy: CopyBoth,
-        assembler: Assembler,
-        buffer: Arc<Buffer>,
-        positions: Arc<Positions>,
-        feedback_interval: Duration,
-    ) -> io::Result<(Self, TcpStream)> {
-        let transport = copy.transport.into_blocking(TICK, WRITE_LIMIT)?;
-        let socket = transport.socket()?;
-        let from = assembler.received();
-        let input = Input::new(&copy.received);
-        let connection = Connection { transport, input, feedback_interval, reported: from, reported_at: Instant::now() };
+    /// A reader of a stream that has just begun.
+    pub(super) fn new(copy: CopyBoth, feed: Feed, buffer: Arc<Buffer>, opener: Opener, feedback_interval: Duration) -> Result<Self> {
+        let from = feed.assembler.received();
+        let (connection, socket) = Connection::new(copy, from)?;
         let intake = Intake {
-            assembler,
+            feed,
             buffer,
-            positions,
+            shared: Arc::new(Shared::new(from, socket)),
             parts: Vec::new(),
+            is_streaming: true,
+            fallback: None,
             server_end: from,
             reply_requested: true, // the first update goes out at once
             handed_over: from,
             idle_at: None,
         };
-        Ok((Self { connection, intake, last_data: None, burst: 0 }, socket))
+        Ok(Self { connection, intake, opener, feedback_interval, awaited: None, last_data: None, burst: 0 })
+    }
+
+    /// What the consumer shares with the reader.
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.intake.shared)
     }
 
     /// Runs until the consumer is gone or the stream fails.
@@ -104,7 +125,7 @@ impl Reader {
         let _end = EndOnDrop(Arc::clone(&self.intake.buffer));
         let outcome = self.stream();
         if self.intake.buffer.is_closed() {
-            self.connection.say_goodbye(&self.intake.positions);
+            self.connection.say_goodbye(&self.intake.shared);
         } else if let Err(error) = outcome {
             self.intake.fail(error);
         }
@@ -115,10 +136,80 @@ impl Reader {
         self.decode()?;
         self.intake.hand_over();
         while !self.intake.buffer.is_closed() {
-            let asked = std::mem::take(&mut self.intake.reply_requested);
-            self.connection.report(&self.intake.positions, asked)?;
-            if self.intake.wait_for_space() {
+            self.report()?;
+            if let Some(fallback) = self.intake.fallback.take() {
+                self.stop_streaming(&fallback)?;
+            } else if self.can_stream_again() {
+                self.stream_again()?;
+            } else if self.intake.wait_for_space() {
                 self.read()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&mut self) -> Result<()> {
+        let asked = std::mem::take(&mut self.intake.reply_requested);
+        self.connection.report(&self.intake.shared, asked, self.feedback_interval)
+    }
+
+    /// Goes on without slices: the server keeps large transactions until they end.
+    fn stop_streaming(&mut self, fallback: &Fallback) -> Result<()> {
+        let (notice, awaited) = match fallback {
+            Fallback::NoRoom(NoRoom { xid, bytes, cause }) => {
+                let message = format!(
+                    "the spill is full: {cause}; most of it is transaction {xid} with {} MiB; until that is over, large transactions wait on the source and come whole",
+                    bytes >> 20
+                );
+                (Notice { reason: reason::SPILL_FULL, message }, self.opener.wait_for_end(*xid))
+            }
+            Fallback::Defect(error) => {
+                let message = format!(
+                    "large transactions wait on the source and come whole for some minutes, since it can't send one before its end: {}",
+                    error.message
+                );
+                (Notice { reason: reason::STREAMING_FAILED, message }, self.opener.wait_for_time(DEFECT_PAUSE))
+            }
+        };
+        tracing::warn!(reason = notice.reason, "{}", notice.message);
+        *guard(&self.intake.shared.notice) = Some(notice);
+        self.reopen(false)?;
+        self.awaited = Some(awaited);
+        Ok(())
+    }
+
+    fn can_stream_again(&self) -> bool {
+        let assembler = &self.intake.feed.assembler;
+        !assembler.is_inside() && self.awaited.as_ref().is_some_and(|awaited| awaited.was_before(assembler.received()))
+    }
+
+    fn stream_again(&mut self) -> Result<()> {
+        tracing::info!("large transactions are received again before they have ended");
+        self.awaited = None;
+        self.reopen(true)?;
+        *guard(&self.intake.shared.notice) = None;
+        Ok(())
+    }
+
+    /// Begins the stream again behind everything that was received.
+    fn reopen(&mut self, streaming: bool) -> Result<()> {
+        self.connection.say_goodbye(&self.intake.shared);
+        self.intake.hand_over();
+        self.intake.feed.reconnect(Decoder::new(self.opener.tables()));
+        let from = self.intake.feed.assembler.received();
+        let copy = self.opener.reopen(from, streaming)?;
+        let (connection, socket) = Connection::new(copy, self.intake.shared.confirmed())?;
+        (self.connection, *guard(&self.intake.shared.socket)) = (connection, socket);
+        self.intake.is_streaming = streaming;
+        self.decode()
+    }
+
+    /// Hands a streamed transaction that has ended over, piece by piece, before anything else is looked at.
+    fn replay(&mut self) -> Result<()> {
+        while self.intake.feed.is_replaying() && !self.intake.buffer.is_closed() {
+            self.report()?;
+            if self.intake.wait_for_space() {
+                self.intake.replay()?;
             }
         }
         Ok(())
@@ -150,6 +241,12 @@ impl Reader {
         let now = Instant::now();
         while let Some((tag, body)) = self.connection.input.frame()? {
             self.intake.frame(tag, body, now)?;
+            if self.intake.feed.is_replaying() {
+                self.replay()?;
+            }
+            if self.intake.fallback.is_some() || self.intake.buffer.is_closed() {
+                break;
+            }
         }
         self.intake.show_positions();
         Ok(())
@@ -167,47 +264,64 @@ impl Reader {
 }
 
 impl Connection {
-    /// Sends a status update when it is due: asked for, news to tell, or the interval is over.
-    fn report(&mut self, positions: &Positions, asked: bool) -> Result<()> {
-        let since = self.reported_at.elapsed();
-        let news = positions.confirmed() > self.reported && since >= SHORTEST_FEEDBACK_INTERVAL;
-        if !(asked || news || since >= self.feedback_interval) {
-            return Ok(());
-        }
-        self.send_status(positions).map_err(|error| lost(&error))
+    /// A connection on which this position was reported last, and a second handle of its socket.
+    fn new(copy: CopyBoth, reported: Lsn) -> Result<(Self, TcpStream)> {
+        let failed = |error| Error::bug(format!("the replication socket: {error}"));
+        let transport = copy.transport.into_blocking(TICK, WRITE_LIMIT).map_err(failed)?;
+        let socket = transport.socket().map_err(failed)?;
+        let input = Input::new(&copy.received);
+        Ok((Self { transport, input, reported, reported_at: Instant::now() }, socket))
     }
 
-    fn send_status(&mut self, positions: &Positions) -> io::Result<()> {
-        let confirmed = positions.confirmed();
+    /// Sends a status update when it is due: asked for, news to tell, or the interval is over.
+    fn report(&mut self, shared: &Shared, asked: bool, interval: Duration) -> Result<()> {
+        let since = self.reported_at.elapsed();
+        let news = shared.confirmed() > self.reported && since >= SHORTEST_FEEDBACK_INTERVAL;
+        if !(asked || news || since >= interval) {
+            return Ok(());
+        }
+        self.send_status(shared).map_err(|error| lost(&error))
+    }
+
+    fn send_status(&mut self, shared: &Shared) -> io::Result<()> {
+        let confirmed = shared.confirmed();
         self.transport.send(&status_update(confirmed, SystemTime::now()))?;
         (self.reported, self.reported_at) = (confirmed, Instant::now());
         Ok(())
     }
 
     /// Tells the server the last position and that we go. It may be gone itself: nobody is left to hear of a failure.
-    fn say_goodbye(&mut self, positions: &Positions) {
+    fn say_goodbye(&mut self, shared: &Shared) {
         const TERMINATE: &[u8] = b"X\0\0\0\x04";
-        let _ = self.send_status(positions).and_then(|()| self.transport.send(TERMINATE));
+        let _ = self.send_status(shared).and_then(|()| self.transport.send(TERMINATE));
     }
 }
 
 impl Intake {
     /// Waits a moment for the consumer when the buffer is full. While it is full, nothing is read, and the server waits.
     fn wait_for_space(&self) -> bool {
-        self.buffer.wait_for_space(self.assembler.size(), TICK)
+        self.buffer.wait_for_space(self.feed.assembler.size(), TICK)
     }
 
     /// Goes on with the last part when the consumer has not taken it.
     fn extend_last(&mut self) {
-        if let Some(part) = self.buffer.take_back(|part| self.assembler.can_extend(part)) {
-            self.assembler.extend(part, Instant::now());
+        if let Some(part) = self.buffer.take_back(|part| self.feed.assembler.can_extend(part)) {
+            self.feed.assembler.extend(part, Instant::now());
         }
     }
 
     fn frame(&mut self, tag: u8, body: &[u8], now: Instant) -> Result<()> {
         match tag {
             b'd' => self.copy_data(body, now),
-            b'E' => Err(errors::classify_server(Side::Source, DOING, &server_error(body))),
+            b'E' => {
+                let said = server_error(body);
+                let error = errors::classify_server(Side::Source, DOING, &said);
+                if !(self.is_streaming && said.code.starts_with(INTERNAL_ERRORS)) {
+                    return Err(error);
+                }
+                self.fallback = Some(Fallback::Defect(error));
+                Ok(())
+            }
             // CopyDone: the server shuts down.
             b'c' => Err(errors::lost(Side::Source, DOING, "the server has ended the stream")),
             // Notice, parameter status.
@@ -224,16 +338,16 @@ impl Intake {
                 let _start = body.u64()?;
                 self.server_end = self.server_end.max(Lsn(body.u64()?));
                 let _clock = body.u64()?;
-                let message = body.rest();
-                if message.first() == Some(&b'R') {
-                    self.positions.announced.fetch_add(1, Ordering::Release);
+                let taken = self.feed.message(body.rest(), now, &mut self.parts);
+                self.push_parts();
+                match taken {
+                    Ok(()) => Ok(()),
+                    Err(Trouble::Stream(error)) => Err(error),
+                    Err(Trouble::NoRoom(no_room)) => {
+                        self.fallback = Some(Fallback::NoRoom(no_room));
+                        Ok(())
+                    }
                 }
-                let decoded = self.assembler.message(message, now, &mut self.parts);
-                // A part that was complete before the message failed is as good as any.
-                while let Some(part) = self.parts.pop() {
-                    self.push(part);
-                }
-                decoded
             }
             // Primary keepalive
             b'k' => {
@@ -241,19 +355,33 @@ impl Intake {
                 let _clock = body.u64()?;
                 self.reply_requested |= body.u8()? != 0;
                 self.server_end = self.server_end.max(end);
-                self.assembler.keepalive(end);
+                self.feed.keepalive(end);
                 Ok(())
             }
             kind => Err(violation(format!("{DOING}: unknown copy data {:?}", char::from(kind)))),
         }
     }
 
-    /// Hands over what is whole, and the position of a stream that is idle behind it.
-    fn hand_over(&mut self) {
-        if let Some(part) = self.assembler.take_whole() {
+    /// Replays a piece of a streamed transaction that has ended.
+    fn replay(&mut self) -> Result<()> {
+        let replayed = self.feed.replay(Instant::now(), &mut self.parts);
+        self.push_parts();
+        replayed
+    }
+
+    /// Parts that were complete before a message failed are as good as any.
+    fn push_parts(&mut self) {
+        for part in std::mem::take(&mut self.parts) {
             self.push(part);
         }
-        if let Some(idle) = self.assembler.idle().filter(|idle| self.is_news(*idle)) {
+    }
+
+    /// Hands over what is whole, and the position of a stream that is idle behind it.
+    fn hand_over(&mut self) {
+        if let Some(part) = self.feed.assembler.take_whole() {
+            self.push(part);
+        }
+        if let Some(idle) = self.feed.assembler.idle().filter(|idle| self.is_news(*idle)) {
             (self.handed_over, self.idle_at) = (idle, Some(Instant::now()));
             self.buffer.push_idle(idle);
         }
@@ -272,13 +400,14 @@ impl Intake {
     }
 
     fn show_positions(&self) {
-        self.positions.received.store(self.assembler.received().0, Ordering::Release);
-        self.positions.server_end.store(self.server_end.0, Ordering::Release);
+        self.shared.received.store(self.feed.assembler.received().0, Ordering::Release);
+        self.shared.server_end.store(self.server_end.0, Ordering::Release);
+        self.shared.announced.store(self.feed.announced(), Ordering::Release);
     }
 
     /// Hands over the transactions that ended before the failure, then the failure.
     fn fail(&mut self, error: Error) {
-        if let Some(part) = self.assembler.finish() {
+        if let Some(part) = self.feed.assembler.finish() {
             self.push(part);
         }
         self.buffer.end(error);

@@ -1,10 +1,11 @@
-//! Decoder for the messages of the output plugin `pgoutput`, protocol version 1: straight from the frame into a batch, one
-//! copy of the bytes. (Manual: "Logical Replication Message Formats".)
+//! Decoder for the messages of the output plugin `pgoutput`, protocol versions 1 to 4 without two-phase commit: straight from
+//! the frame into a batch, one copy of the bytes. (Manual: "Logical Replication Message Formats".)
 //!
 //! Invariants: malformed input is an error, never a panic; a row is only ever taken under the table version that it was
 //! written under.
 
 mod relation;
+pub mod streamed;
 mod types;
 
 use super::errors::violation;
@@ -80,7 +81,20 @@ impl Decoder {
     /// Decodes one message; its changes are added to `batch`, which must have [`Batch::room`] for the whole message.
     pub fn decode<'a>(&mut self, message: &'a [u8], batch: &mut Batch) -> Result<Message<'a>> {
         let mut body = Cursor::new(message);
-        let decoded = match body.u8()? {
+        let tag = body.u8()?;
+        self.decode_body(tag, body, batch)
+    }
+
+    /// The same for a message inside a streamed transaction, which names its (sub)transaction.
+    pub fn decode_streamed<'a>(&mut self, message: &'a [u8], batch: &mut Batch) -> Result<Message<'a>> {
+        let mut body = Cursor::new(message);
+        let tag = body.u8()?;
+        let _subxid = body.u32()?;
+        self.decode_body(tag, body, batch)
+    }
+
+    fn decode_body<'a>(&mut self, tag: u8, mut body: Cursor<'a>, batch: &mut Batch) -> Result<Message<'a>> {
+        let decoded = match tag {
             b'B' => begin(&mut body)?,
             b'C' => commit(&mut body)?,
             b'I' => self.insert(&mut body, batch)?,

@@ -49,6 +49,15 @@ pub struct CreatedSlot {
     pub snapshot_name: String,
 }
 
+/// How the stream is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamFormat {
+    /// Values in binary where their type can.
+    pub binary: bool,
+    /// Transactions that are too large for the server's memory are sent before they have ended.
+    pub streaming: bool,
+}
+
 /// A session that streams: copy data flows both ways.
 pub struct CopyBoth {
     pub(super) transport: Transport,
@@ -136,8 +145,8 @@ impl ReplicationClient {
 
     /// Starts the stream after `from`: the end of the last transaction that is not wanted again. The server silently starts
     /// at the slot's confirmed position when that is later: the caller has compared.
-    pub async fn start(mut self, slot: &str, from: Lsn, publication: &str, binary: bool) -> Result<CopyBoth> {
-        let command = start_command(slot, from, publication, binary);
+    pub async fn start(mut self, slot: &str, from: Lsn, publication: &str, format: StreamFormat) -> Result<CopyBoth> {
+        let command = start_command(slot, from, publication, format, self.major());
         let started = self.wire.start_copy(&command);
         match tokio::time::timeout(COMMAND_LIMIT, started).await {
             Ok(started) => started?,
@@ -158,12 +167,22 @@ fn create_slot_command(name: &str, temporary: bool, failover: bool, major: u32) 
     format!("CREATE_REPLICATION_SLOT {name}{lifetime} LOGICAL pgoutput {options}")
 }
 
-fn start_command(slot: &str, from: Lsn, publication: &str, binary: bool) -> String {
+/// The highest protocol that the server has (manual: "Logical Streaming Replication Parameters"). What 15 and 16 have added,
+/// two-phase commit and the positions of aborts for parallel apply, is not asked for.
+fn start_command(slot: &str, from: Lsn, publication: &str, format: StreamFormat, major: u32) -> String {
+    let StreamFormat { binary, streaming } = format;
+    let streaming = if streaming { "on" } else { "off" };
+    let (version, origin) = match major {
+        ..15 => (2, ""),
+        15 => (3, ""),
+        // Rows that another subscription has brought are wanted like all others.
+        _ => (4, ", origin 'any'"),
+    };
     // A literal of the replication grammar knows no escapes but doubled quotes; its value is a list of identifiers.
     let publications = quote_ident(publication).replace('\'', "''");
     let slot = quote_ident(slot);
     format!(
-        "START_REPLICATION SLOT {slot} LOGICAL {from} (proto_version '1', publication_names '{publications}', binary '{binary}', messages 'true')"
+        "START_REPLICATION SLOT {slot} LOGICAL {from} (proto_version '{version}', publication_names '{publications}', binary '{binary}', messages 'true', streaming '{streaming}'{origin})"
     )
 }
 
@@ -201,7 +220,20 @@ mod tests {
         assert_eq!(command(true, true, 15), r#"CREATE_REPLICATION_SLOT "s" TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"#);
         assert_eq!(command(true, true, 17), r#"CREATE_REPLICATION_SLOT "s" TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"#);
         assert_eq!(command(false, true, 18), r#"CREATE_REPLICATION_SLOT "s" LOGICAL pgoutput (SNAPSHOT 'export', FAILOVER true)"#);
-        let start = start_command("s", Lsn(0x1_0000_00A0), "it's \"p\"", true);
-        assert!(start.contains(r#"LOGICAL 1/A0 (proto_version '1', publication_names '"it''s ""p"""', binary 'true'"#), "{start}");
+        let start = |streaming, major| {
+            let format = StreamFormat { binary: true, streaming };
+            start_command("s", Lsn(0x1_0000_00A0), "it's \"p\"", format, major)
+        };
+        for (streaming, major, version, options) in [
+            (true, 14, 2, "streaming 'on')"),
+            (false, 15, 3, "streaming 'off')"),
+            (true, 16, 4, "streaming 'on', origin 'any')"),
+            (true, 18, 4, "streaming 'on', origin 'any')"),
+        ] {
+            let expected = format!(
+                r#"LOGICAL 1/A0 (proto_version '{version}', publication_names '"it''s ""p"""', binary 'true', messages 'true', {options}"#
+            );
+            assert!(start(streaming, major).ends_with(&expected), "{}", start(streaming, major));
+        }
     }
 }

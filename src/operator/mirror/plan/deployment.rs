@@ -9,8 +9,8 @@ use crate::worker::contract::{CONFIG_FOLDER, PORT, SOURCE_FOLDER, STATE_FOLDER, 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy};
 use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, KeyToPath,
-    ObjectFieldSelector, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, ResourceRequirements, SeccompProfile,
-    SecretProjection, SecurityContext, Toleration, Volume, VolumeMount, VolumeProjection,
+    ObjectFieldSelector, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, ResourceFieldSelector,
+    ResourceRequirements, SeccompProfile, SecretProjection, SecurityContext, Toleration, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -30,6 +30,8 @@ const USER: i64 = 65532;
 const STORAGE: &str = "2Gi";
 /// Key of the room for spill among resources.
 const STORAGE_KEY: &str = "ephemeral-storage";
+/// Key of memory among resources.
+const MEMORY_KEY: &str = "memory";
 /// Seconds between SIGTERM and SIGKILL: half of it is the worker's time to commit.
 const GRACE_SECONDS: i64 = 60;
 /// Files are readable by the pod's user and group alone.
@@ -133,14 +135,7 @@ fn container(image: &Image, resources: ResourceRequirements) -> Container {
         image: Some(image.name.clone()),
         image_pull_policy: Some(image.pull_policy.clone()),
         args: Some(vec!["worker".to_owned(), "mirror".to_owned()]),
-        env: Some(vec![EnvVar {
-            name: "POD_NAME".to_owned(),
-            value_from: Some(EnvVarSource {
-                field_ref: Some(ObjectFieldSelector { field_path: "metadata.name".to_owned(), api_version: Some("v1".to_owned()) }),
-                ..EnvVarSource::default()
-            }),
-            ..EnvVar::default()
-        }]),
+        env: Some(environment(&resources)),
         ports: Some(vec![ContainerPort {
             name: Some(PORT_NAME.to_owned()),
             container_port: i32::from(PORT),
@@ -177,6 +172,26 @@ fn container(image: &Image, resources: ResourceRequirements) -> Container {
         readiness_probe: Some(probe("/readyz", 5, 3)),
         ..Container::default()
     }
+}
+
+/// What the worker learns of its pod: its name, and how much memory and disk are its own.
+fn environment(resources: &ResourceRequirements) -> Vec<EnvVar> {
+    let field = ObjectFieldSelector { field_path: "metadata.name".to_owned(), api_version: Some("v1".to_owned()) };
+    let variable = |name: &str, source: EnvVarSource| EnvVar { name: name.to_owned(), value_from: Some(source), ..EnvVar::default() };
+    let resource = |name: &str, resource: &str| {
+        let selector = ResourceFieldSelector { resource: resource.to_owned(), ..ResourceFieldSelector::default() };
+        variable(name, EnvVarSource { resource_field_ref: Some(selector), ..EnvVarSource::default() })
+    };
+    let has = |quantities: &Option<BTreeMap<String, Quantity>>| quantities.as_ref().is_some_and(|all| all.contains_key(MEMORY_KEY));
+    // A limit that is not set would be read as the memory of the node.
+    let memory = match (has(&resources.limits), has(&resources.requests)) {
+        (true, _) => Some("limits.memory"),
+        (false, true) => Some("requests.memory"),
+        (false, false) => None,
+    };
+    let name = variable("POD_NAME", EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() });
+    let storage = resource("SLUICE_STATE_LIMIT", "requests.ephemeral-storage");
+    [name, storage].into_iter().chain(memory.map(|memory| resource("SLUICE_MEMORY_LIMIT", memory))).collect()
 }
 
 fn probe(path: &str, period: i32, failures: i32) -> Probe {
@@ -285,6 +300,20 @@ mod tests {
         let limited = requests(json!({"resources": {"limits": {"ephemeral-storage": "500Mi"}}}));
         assert_eq!(limited["ephemeral-storage"].0, "500Mi");
         assert!(!limited.contains_key("cpu"), "the user's resources are not mixed with ours");
+    }
+
+    #[test]
+    fn the_worker_learns_what_is_its_own() {
+        let learned = |spec| {
+            let variables = environment(&resources(&worker(spec)));
+            let resource = |variable: EnvVar| Some((variable.name, variable.value_from?.resource_field_ref?.resource));
+            variables.into_iter().filter_map(resource).collect::<Vec<_>>()
+        };
+        let storage = ("SLUICE_STATE_LIMIT".to_owned(), "requests.ephemeral-storage".to_owned());
+        let memory = |from: &str| ("SLUICE_MEMORY_LIMIT".to_owned(), from.to_owned());
+        assert_eq!(learned(json!({})), [storage.clone(), memory("limits.memory")]);
+        assert_eq!(learned(json!({"resources": {"requests": {"memory": "1Gi"}}})), [storage.clone(), memory("requests.memory")]);
+        assert_eq!(learned(json!({"resources": {"limits": {"cpu": "1"}}})), [storage]);
     }
 
     #[test]

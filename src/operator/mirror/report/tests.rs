@@ -64,6 +64,19 @@ fn failure(class: &str, reason: &str) -> Value {
     json!({"error": {"class": class, "reason": reason, "message": "what happened", "count": 1}})
 }
 
+/// The stream goes on, and people hear of it.
+#[test]
+fn a_notice_is_the_reason_of_ready() {
+    let notice = json!({"notice": {"reason": "SpillFull", "message": "no room"}});
+    let status = reported(&mirror(false), None, &answers("Streaming", notice.clone()));
+    assert_eq!(summary(&status), "True SpillFull False False True Streaming");
+    let ready = conditions::get(&status.conditions, "Ready").expect("the condition");
+    assert_eq!(ready.message, "no room");
+    let told = news(&reported(&mirror(false), None, &answers("Streaming", json!({}))).conditions, &status).len();
+    assert_eq!(told, 1);
+    assert_eq!(short(false, None, &answers("Copying", notice)), "False Copying True False False Copying");
+}
+
 #[test]
 fn the_table_of_the_book() {
     let stop = Problem::stop(reason::SOURCE_NOT_FOUND, "m");
