@@ -16,6 +16,8 @@ pub mod error;
 pub mod flow;
 pub mod handover;
 pub mod hash;
+mod heartbeat;
+pub mod latency;
 pub mod position;
 pub mod progress;
 pub mod retry;
