@@ -52,12 +52,7 @@ impl SimApplier {
         self.connection.reach.world()
     }
 
-    async fn commit(
-        &mut self,
-        point: Point,
-        durable: bool,
-        effect: impl FnOnce(&mut Stored) -> Result<()> + Send + 'static,
-    ) -> Result<()> {
+    async fn commit(&mut self, point: Point, durable: bool, effect: impl FnOnce(&mut Stored) -> Result<()> + Send + 'static) -> Result<()> {
         let idle = self.in_flight.is_empty() && self.open.is_none();
         self.world().require(idle, || format!("{point:?} while parts are in flight"));
         self.connection.transaction(point, self.epoch, None, durable, Box::new(effect)).await

@@ -12,7 +12,7 @@ impl Dice {
 
     /// A number from 0 and less than `limit`.
     pub fn below(&mut self, limit: u32) -> u32 {
-        ((self.0.next_u64() >> 32) * u64::from(limit) >> 32) as u32
+        (((self.0.next_u64() >> 32) * u64::from(limit)) >> 32) as u32
     }
 
     pub fn chance(&mut self, per_mille: u32) -> bool {

@@ -190,7 +190,7 @@ impl Server {
     /// The log reaches the disk up to some commit.
     pub fn flush_some(&mut self, dice: &mut Dice) {
         let count = dice.below(self.unflushed.len() as u32 + 1) as usize;
-        if let Some(flushed) = self.unflushed.drain(..count).last() {
+        if let Some(flushed) = self.unflushed.drain(..count).next_back() {
             self.flushed = flushed;
         }
     }

@@ -82,11 +82,8 @@ impl SimSource {
         world.history.end += if record { 16 } else { 0 };
         let end = world.history.end;
         world.seen.stalled_at_snapshot += u64::from(world.history.has_stalled());
-        let tables = if ordinary {
-            world.history.visible()
-        } else {
-            std::array::from_fn(|table| *Oracle::default().at(&world.history, table, end))
-        };
+        let tables =
+            if ordinary { world.history.visible() } else { std::array::from_fn(|table| *Oracle::default().at(&world.history, table, end)) };
         SimSnapshot { reach: self.0.clone(), position: Lsn(end), tables }
     }
 
@@ -318,11 +315,7 @@ impl SimLog {
                 }
             }
             let end = if world.breaks(Mutant::BeginInsteadOfEnd) { transaction.commit_start } else { transaction.end };
-            part.boundaries.push(Boundary {
-                changes: part.batch.changes().len(),
-                end: Lsn(end),
-                committed_at: SystemTime::UNIX_EPOCH,
-            });
+            part.boundaries.push(Boundary { changes: part.batch.changes().len(), end: Lsn(end), committed_at: SystemTime::UNIX_EPOCH });
             part.received = Lsn(end);
             self.received = transaction.end;
             self.next += 1;
@@ -363,7 +356,11 @@ fn push(batch: &mut Batch, change: &RowChange) {
             let image = begin(batch, key);
             number(batch, row.unique);
             number(batch, row.value);
-            if toast_sent { number(batch, row.toast) } else { batch.push_cell(CellKind::Unchanged, b"") }
+            if toast_sent {
+                number(batch, row.toast);
+            } else {
+                batch.push_cell(CellKind::Unchanged, b"");
+            }
             (Op::Update, before, batch.end_image(image))
         }
         Kind::Delete { key } => (Op::Delete, named(batch, key), Image::ABSENT),

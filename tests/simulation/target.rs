@@ -2,8 +2,8 @@
 
 use crate::applier::SimApplier;
 use crate::faults::{Moment, Point};
-use crate::mutants::Mutant;
 use crate::history::{KEYS, Row};
+use crate::mutants::Mutant;
 use crate::server::{Effect, Entry, Stored, ended, lost_claim};
 use crate::source::{number, table};
 use crate::world::Reach;

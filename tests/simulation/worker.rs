@@ -1,11 +1,11 @@
 //! Workers and their lives: sessions, crashes, restarts, two at a time, other tables, until the target is level.
 
+use crate::faults::Faults;
 use crate::history::TABLES;
 use crate::mutants::Mutant;
 use crate::source::{SimSource, table};
 use crate::target::SimTarget;
 use crate::world::{Reach, Seen, World};
-use crate::faults::Faults;
 use sluice::engine::error::Class;
 use sluice::engine::flow::{self, SnapshotConfig, Stop, StreamConfig};
 use sluice::engine::progress::Progress;

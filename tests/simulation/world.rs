@@ -167,7 +167,8 @@ impl World {
         self.seen.steps += 1;
         self.steps_left = self.steps_left.saturating_sub(1);
         if self.steps_left == 0 {
-            let what = format!("the target never becomes level with the source: {:?}, the log ends at {}", self.server.stored, self.history.end);
+            let what =
+                format!("the target never becomes level with the source: {:?}, the log ends at {}", self.server.stored, self.history.end);
             self.violated(|| what);
         }
         if self.last_round {
@@ -242,7 +243,9 @@ impl World {
             let held = &stored.tables[table];
             if held != wanted {
                 let entry = stored.states[table];
-                let text = format!("table {table} ({entry:?}) at {right_up_to}, checkpoint {position}:\n  is        {held:?}\n  should be {wanted:?}");
+                let text = format!(
+                    "table {table} ({entry:?}) at {right_up_to}, checkpoint {position}:\n  is        {held:?}\n  should be {wanted:?}"
+                );
                 return self.violated(|| text);
             }
         }
