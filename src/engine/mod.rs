@@ -17,6 +17,7 @@ pub mod flow;
 pub mod handover;
 mod heartbeat;
 pub mod latency;
+pub mod hash;
 pub mod position;
 pub mod progress;
 pub mod retry;

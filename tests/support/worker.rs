@@ -100,6 +100,11 @@ impl Worker {
         self.folder.path().join(name)
     }
 
+    /// The state folder.
+    pub fn state_folder(&self) -> PathBuf {
+        self.path("state")
+    }
+
     /// Writes the mounted Secret of one side.
     pub fn write_credentials(&self, side: &str, username: &str, password: &str) {
         let folder = self.path(side).join("credentials");
