@@ -15,9 +15,9 @@ mod copy;
 pub mod error;
 pub mod flow;
 pub mod handover;
+pub mod hash;
 mod heartbeat;
 pub mod latency;
-pub mod hash;
 pub mod position;
 pub mod progress;
 pub mod retry;
@@ -25,6 +25,7 @@ pub mod roles;
 pub mod spill;
 pub mod startup;
 mod stream;
+pub mod structure;
 pub mod table;
 
 #[cfg(test)]

@@ -90,6 +90,13 @@ pub struct Snapshot {
     #[schemars(range(min = 1, max = 64))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workers_per_table: Option<i32>,
+    /// Give tables that the worker makes the source's indexes, unique and exclusion constraints, after the rows. The primary
+    /// key always comes.
+    #[serde(default = "yes")]
+    pub indexes: bool,
+    /// Give tables that the worker makes the source's foreign keys to other tables of this Mirror, when all follow the stream.
+    #[serde(default = "yes")]
+    pub foreign_keys: bool,
 }
 fn yes() -> bool {
     true

@@ -149,6 +149,16 @@ pub struct SnapshotSpec {
     pub tables_in_parallel: usize,
     /// Ranges of one table at a time.
     pub workers_per_table: usize,
+    /// Give tables that are made the source's indexes. Not written when it is so, as in documents of older operators.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub indexes: bool,
+    /// Give tables that are made the source's foreign keys.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub foreign_keys: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Batches, defaults filled in.
@@ -340,6 +350,8 @@ pub(crate) mod tests {
                 rows_per_partition: 250_000,
                 tables_in_parallel: 4,
                 workers_per_table: 4,
+                indexes: true,
+                foreign_keys: true,
             },
             stream: StreamSpec {
                 max_batch_rows: 100_000,

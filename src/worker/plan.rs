@@ -58,6 +58,8 @@ fn snapshot(spec: &SnapshotSpec) -> Result<SnapshotConfig> {
         rows_per_range: spec.rows_per_partition,
         tables_in_parallel: spec.tables_in_parallel,
         workers_per_table: spec.workers_per_table,
+        indexes: spec.indexes,
+        foreign_keys: spec.foreign_keys,
     })
 }
 

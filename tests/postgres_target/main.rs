@@ -30,6 +30,9 @@ fn target(endpoint: Endpoint) -> PostgresTarget {
     PostgresTarget::new(endpoint, owner("a"))
 }
 
+/// What follows the rows is made by one session.
+const BUILDERS: sluice::engine::roles::Builders = sluice::engine::roles::Builders { per_table: 1, tables: 1 };
+
 /// The server that most tests share, each with a database of its own; the last one to end stops it.
 fn server() -> Arc<Postgres> {
     static SHARED: Mutex<Weak<Postgres>> = Mutex::new(Weak::new());
@@ -62,7 +65,7 @@ async fn stream_of(target: PostgresTarget, slot: &str, tables: &[MappedTable]) -
     applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
     for table in tables {
         applier.begin_copy(table, false).await.expect("a copy");
-        target.finish(&claimed.claim, table).await.expect("keys");
+        target.finish(&claimed.claim, table, &[], BUILDERS, &|_| ()).await.expect("keys");
         applier.set_state(table, TableState::Ready, None).await.expect("a state");
     }
     applier.prepare(tables).await.expect("prepared");
