@@ -3,11 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help deps build test fmt lint unit chart e2e demo demo-down crds deny docs fuzz chaos
-=======
-.PHONY: help deps build test fmt lint unit chart e2e demo demo-down crds deny docs bench
->>>>>>> main
+.PHONY: help deps build test fmt lint unit chart e2e demo demo-down crds deny docs bench fuzz chaos
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,7 +51,11 @@ docs: ## Build the book into target/book
 	@e2e/deps.sh mdbook
 	@"$$(e2e/deps.sh where mdbook)" build docs --dest-dir "$(CURDIR)/target/book"
 
-<<<<<<< HEAD
+bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|short|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
+	@e2e/deps.sh packages postgres bench
+	@PRESET='$(PRESET)' ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' ONLY='$(ONLY)' NAME='$(NAME)' RESULTS='$(RESULTS)' SLUICE_BIN='$(SLUICE_BIN)' \
+	  cargo bench --locked --bench databases
+
 fuzz: ## The targets of fuzz/ under cargo-fuzz (needs nightly Rust), SECONDS_EACH=60
 	@rustup run nightly rustc --version >/dev/null 2>&1 || \
 	{ echo "fuzz: nightly Rust is missing: rustup toolchain install nightly --profile minimal" >&2; exit 1; }
@@ -71,9 +71,3 @@ fuzz: ## The targets of fuzz/ under cargo-fuzz (needs nightly Rust), SECONDS_EAC
 chaos: ## Ledger test and a transaction of 5 million rows: MINUTES=10 of rounds; SLUICE_SEED=... repeats one
 	SLUICE_CHAOS_MINUTES="$(or $(MINUTES),10)" cargo test --locked --test ledger -- --nocapture
 	SLUICE_MEMORY_ROWS=5000000 cargo test --locked --test memory one_large -- --nocapture
-=======
-bench: ## Figures beside psql, pgcopydb and native replication, into benches/results (PRESET=full|quick|smoke ROUNDS= SCALE= ONLY= NAME=)
-	@e2e/deps.sh packages postgres bench
-	@PRESET='$(PRESET)' ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' ONLY='$(ONLY)' NAME='$(NAME)' RESULTS='$(RESULTS)' SLUICE_BIN='$(SLUICE_BIN)' \
-	  cargo bench --locked --bench databases
->>>>>>> main

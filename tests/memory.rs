@@ -4,6 +4,7 @@ mod support;
 #[path = "support/worker.rs"]
 mod worker;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ const BUSY: u64 = 256;
 const WATCH: Duration = Duration::from_secs(12);
 /// Rows of the large transaction.
 const ROWS: u64 = 400_000;
+const MIB: u64 = 1 << 20;
 
 /// Lines of a process's status, in MiB.
 fn mebibytes(pid: u32, line: &str) -> u64 {
@@ -35,36 +37,47 @@ fn held(pid: u32) -> u64 {
     mebibytes(pid, line)
 }
 
-/// Watches what a process holds until it is told to stop.
+/// Bytes of the files in a folder and below.
+fn size(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    // A file may go while it is looked at.
+    entries.map(|entry| if entry.path().is_dir() { size(&entry.path()) } else { entry.metadata().map_or(0, |file| file.len()) }).sum()
+}
+
+/// Watches what a process holds until it is told to stop, and its folder.
 struct Watch {
     stop: Arc<AtomicBool>,
     most: Arc<AtomicU64>,
+    spilled: Arc<AtomicU64>,
     thread: std::thread::JoinHandle<()>,
 }
 
 impl Watch {
-    fn start(pid: u32) -> Self {
-        let (stop, most) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (told, seen) = (Arc::clone(&stop), Arc::clone(&most));
+    fn start(worker: &Worker) -> Self {
+        let (stop, most, spilled) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (told, held_most, spilled_most) = (Arc::clone(&stop), Arc::clone(&most), Arc::clone(&spilled));
+        let (pid, folder) = (worker.pid(), worker.state_folder());
         let thread = std::thread::spawn(move || {
             while !told.load(Ordering::Relaxed) {
-                seen.fetch_max(held(pid), Ordering::Relaxed);
+                held_most.fetch_max(held(pid), Ordering::Relaxed);
+                spilled_most.fetch_max(size(&folder), Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(20));
             }
         });
-        Self { stop, most, thread }
+        Self { stop, most, spilled, thread }
     }
 
-    /// The most that it held.
-    fn end(self) -> u64 {
+    /// The most that it held, in MiB, and that its folder held, in bytes.
+    fn end(self) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the watch has not failed");
-        self.most.load(Ordering::Relaxed)
+        (self.most.load(Ordering::Relaxed), self.spilled.load(Ordering::Relaxed))
     }
 }
 
 async fn pair() -> (Postgres, Postgres, Client, Client) {
-    let (source, target) = (Postgres::start_with(15, &["max_wal_size=8GB"]), Postgres::start_with(15, &["max_wal_size=8GB"]));
+    let source = Postgres::start_with(15, &["max_wal_size=8GB", "logical_decoding_work_mem=4MB"]);
+    let target = Postgres::start_with(15, &["max_wal_size=8GB"]);
     let (left, right) = (source.create_database("shop").await, target.create_database("dw").await);
     left.batch_execute("CREATE TABLE items (id bigint PRIMARY KEY, n int, name text, at timestamptz)").await.expect("a table");
     (source, target, left, right)
@@ -77,40 +90,75 @@ async fn an_idle_worker_is_small() {
     let worker = Worker::start((&source, "shop"), (&target, "dw"), &["items"]);
     worker.wait_streaming().await;
     worker.wait_level(&left).await;
-    let watch = Watch::start(worker.pid());
+    let watch = Watch::start(&worker);
     tokio::time::sleep(WATCH).await;
-    let most = watch.end();
+    let (most, _) = watch.end();
     let pid = worker.pid();
     println!("idle: {most} MiB; now {} of its own and {} of files", mebibytes(pid, "RssAnon:"), mebibytes(pid, "RssFile:"));
     assert!(most < IDLE, "an idle worker holds {most} MiB");
 }
 
+/// What a transaction of many rows took.
+struct Taken {
+    /// Bytes of spill.
+    spill: u64,
+    /// The worker has said that the spill was full.
+    told: bool,
+}
+
+/// One transaction through a worker with these arguments; source and target are compared by a hash of each row.
+async fn large_transaction(rows: u64, arguments: &[&str]) -> Taken {
+    let (source, target, left, right) = pair().await;
+    let mut worker = Worker::start((&source, "shop"), (&target, "dw"), &["items"]);
+    worker.wait_streaming().await;
+    worker.kill9();
+    worker.arguments = arguments.iter().map(ToString::to_string).collect();
+    worker.spawn();
+    worker.wait_streaming().await;
+    let watch = Watch::start(&worker);
+    let begun = Instant::now();
+    let insert = format!("INSERT INTO items SELECT g, g % 1000, repeat(md5(g::text), 5), now() FROM generate_series(1, {rows}) g");
+    let writer = tokio::spawn(async move {
+        left.batch_execute(&insert).await.expect("rows");
+        left
+    });
+    let mut told = false;
+    let arrived = || async { right.query_one("SELECT EXISTS (SELECT FROM items)", &[]).await.expect("a look").get::<_, bool>(0) };
+    while !arrived().await {
+        assert!(begun.elapsed() < Duration::from_secs(1800), "the transaction does not arrive\n{}", worker.log());
+        let notice = worker.status().await.and_then(|status| status.notice);
+        told |= notice.is_some_and(|notice| notice.reason == "SpillFull");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let left = writer.await.expect("the writer has not failed");
+    worker.wait_level(&left).await;
+    let sum = "SELECT count(*), sum(hashtextextended(items::text, 0)::numeric)::text FROM items";
+    let (expected, found) = (left.query_one(sum, &[]).await.expect("a sum"), right.query_one(sum, &[]).await.expect("a sum"));
+    assert_eq!((found.get::<_, i64>(0), found.get::<_, String>(1)), (expected.get::<_, i64>(0), expected.get::<_, String>(1)));
+    assert_eq!(found.get::<_, i64>(0) as u64, rows);
+    let (most, spill) = watch.end();
+    let memory = mebibytes(worker.pid(), "VmHWM:");
+    println!("{rows} rows after {:.1?}: {most} MiB seen, {memory} MiB at the most, {} MiB of spill", begun.elapsed(), spill >> 20);
+    assert!(memory < BUSY, "the worker held {memory} MiB under a transaction of {rows} rows");
+    Taken { spill, told }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_large_transaction_takes_bounded_memory() {
     let rows = std::env::var("SLUICE_MEMORY_ROWS").map_or(ROWS, |rows| rows.parse().expect("SLUICE_MEMORY_ROWS is a number"));
-    let (source, target, left, right) = pair().await;
-    let worker = Worker::start((&source, "shop"), (&target, "dw"), &["items"]);
-    worker.wait_streaming().await;
-    let watch = Watch::start(worker.pid());
-    let begun = Instant::now();
-    left.batch_execute(&format!("INSERT INTO items SELECT g, g % 1000, md5(g::text), now() FROM generate_series(1, {rows}) g"))
-        .await
-        .expect("rows");
-    let written = begun.elapsed();
-    let sum = "SELECT count(*), sum(hashtextextended(items::text, 0)::numeric)::text FROM items";
-    let expected = left.query_one(sum, &[]).await.expect("a sum");
-    // All of it is there at once.
-    support::eventually(1800, "the transaction arrives", || async {
-        let count: i64 = right.query_one("SELECT count(*) FROM (SELECT FROM items LIMIT 1) i", &[]).await.expect("a count").get(0);
-        count == 1
-    })
-    .await;
-    worker.wait_level(&left).await;
-    let found = right.query_one(sum, &[]).await.expect("a sum");
-    assert_eq!((found.get::<_, i64>(0), found.get::<_, String>(1)), (expected.get::<_, i64>(0), expected.get::<_, String>(1)));
-    assert_eq!(found.get::<_, i64>(0) as u64, rows);
-    let pid = worker.pid();
-    let (most, peak) = (watch.end(), mebibytes(pid, "VmHWM:"));
-    println!("{rows} rows, written in {written:.1?}, there after {:.1?}: {most} MiB seen, {peak} MiB at the most", begun.elapsed());
-    assert!(peak < BUSY, "the worker held {peak} MiB under a transaction of {rows} rows");
+    // The shipped sizes.
+    let taken = large_transaction(rows, &[]).await;
+    assert!(!taken.told, "it fits into the spill");
+    assert!(taken.spill > 0, "it does not fit into memory");
+    assert!(taken.spill <= 2048 * MIB / 5 * 4, "{} bytes of spill", taken.spill);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spill_of_64_mib_holds_no_more() {
+    // Four fifths of the state folder are for the spill.
+    let state = (80 * MIB).to_string();
+    let taken = large_transaction(ROWS, &["--memory-limit", "0", "--state-limit", &state]).await;
+    assert!(taken.told, "the transaction is larger than the spill, and that is said");
+    assert!(taken.spill <= 64 * MIB, "{} bytes of spill", taken.spill);
+    assert!(taken.spill > 32 * MIB, "it was used: {} bytes", taken.spill);
 }

@@ -6,9 +6,9 @@
 //!
 //! | variable | what | without it |
 //! |---|---|---|
-//! | `PRESET` | `full`, `quick` or `smoke`: rounds and scale | `full` |
-//! | `ROUNDS` | rounds | 5, 3, 1 |
-//! | `SCALE` | part of the full number of rows | 1, 0.2, 0.01 |
+//! | `PRESET` | `full`, `short`, `quick` or `smoke`: rounds and scale | `full` |
+//! | `ROUNDS` | rounds | 5, 5, 3, 1 |
+//! | `SCALE` | part of the full number of rows | 1, 0.4, 0.2, 0.01 |
 //! | `ONLY` | scenarios, separated by commas | all |
 //! | `NAME` | results go to `<date>-<name>.json` and `.md` | the preset |
 //! | `RESULTS` | in this folder | `benches/results` |

@@ -26,9 +26,10 @@ impl Options {
         let preset = text("PRESET").unwrap_or_else(|| "full".into());
         let (rounds, scale) = match preset.as_str() {
             "full" => (5, 1.0),
+            "short" => (5, 0.4),
             "quick" => (3, 0.2),
             "smoke" => (1, 0.01),
-            other => return Err(format!("PRESET {other}: full, quick or smoke").into()),
+            other => return Err(format!("PRESET {other}: full, short, quick or smoke").into()),
         };
         let only = text("ONLY").unwrap_or_default();
         let mut command = "make bench".to_owned();

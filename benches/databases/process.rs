@@ -12,9 +12,21 @@ pub fn cpu(pid: u32) -> f64 {
 
 /// CPU seconds of a process and all its children, ended ones included.
 pub fn cpu_of_tree(pid: u32) -> f64 {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let children = processes.filter_map(|entry| stat(&entry.path())).filter(|stat| stat.parent == pid);
-    cpu(pid) + children.map(|stat| stat.seconds).sum::<f64>()
+    loop {
+        let before = ended_children_of(pid);
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let children = processes.filter_map(|entry| stat(&entry.path())).filter(|stat| stat.parent == pid);
+        let seconds = children.map(|stat| stat.seconds).sum::<f64>() + cpu(pid);
+        // A child that ended meanwhile was counted twice or not at all.
+        if ended_children_of(pid) == before {
+            return seconds;
+        }
+    }
+}
+
+fn ended_children_of(pid: u32) -> Option<u64> {
+    // As ticks, which compare exactly.
+    stat(&Path::new("/proc").join(pid.to_string())).map(|stat| (stat.ended_children * TICKS_PER_SECOND).round() as u64)
 }
 
 /// CPU seconds of programs that this one has started and that have ended.

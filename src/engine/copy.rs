@@ -135,7 +135,7 @@ where
 {
     /// Copies a range, again when a connection was lost on the way: the snapshot is still there.
     async fn run(&self, range: Range) -> Result<()> {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(self.job.claim.epoch.unsigned_abs() << 32 | u64::from(range.number.unsigned_abs()));
         loop {
             let error = match self.attempt(&range).await {
                 Ok(rows) => {

@@ -111,7 +111,7 @@ where
 /// Foreign keys come when every table follows, and the stream does not wait for them. Never ends, so that the stream's end is
 /// the session's.
 async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], progress: &Progress) -> Infallible {
-    let mut backoff = Backoff::new();
+    let mut backoff = Backoff::new(claim.epoch.unsigned_abs());
     while let Some(first) = tables.iter().find(|table| !table.structure.foreign_keys.is_empty()) {
         progress.streaming().await;
         let related = target.relate(claim, tables, &|step| progress.set_step(first.source(), Some(step))).await;

@@ -1,11 +1,12 @@
 //! What a session reports while it runs; read by whoever shows it.
 
+use super::latency::Latency;
 use super::position::Position;
 use super::roles::{Applied, ApplyMode, LogLoad};
 use super::table::{QualifiedName, TableState};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 use tokio::sync::watch;
 
 /// What a session does, in one word.
@@ -41,6 +42,8 @@ pub struct View {
     pub lag_bytes: Option<u64>,
     /// Seconds since the commit of the last transaction applied, while more is waiting; else 0.
     pub lag_seconds: Option<u64>,
+    /// From the source's commit to the target's, by transaction.
+    pub latency: Latency,
     /// Number of tables per state.
     pub tables: BTreeMap<&'static str, u32>,
     /// Tables in state `Error`, with the reason.
@@ -164,6 +167,7 @@ impl Progress {
             deletes: old.view.deletes,
             batches: old.view.batches,
             bytes_applied: old.view.bytes_applied,
+            latency: old.view.latency,
             rows_copied: old.view.rows_copied,
             rows_to_copy: old.view.rows_to_copy,
             snapshot_completed: old.view.snapshot_completed,
@@ -278,9 +282,15 @@ impl Progress {
         self.state().view.confirmed = Some(confirmed.to_string());
     }
 
-    pub(super) fn applied(&self, applied: Applied, bytes: usize, last_commit: Option<SystemTime>) {
+    /// A part is over; `commits`: when the source has committed the transactions that have ended with it.
+    pub(super) fn applied(&self, applied: Applied, bytes: usize, commits: impl IntoIterator<Item = SystemTime>) {
         let mut state = self.state();
-        state.last_commit = last_commit.or(state.last_commit);
+        let (now, instant) = (SystemTime::now(), Instant::now());
+        for commit in commits {
+            state.last_commit = Some(commit);
+            // Clocks differ: a commit of the future has taken no time.
+            state.view.latency.record(now.duration_since(commit).unwrap_or_default(), instant);
+        }
         let view = &mut state.view;
         view.inserts += applied.inserts;
         view.updates += applied.updates;

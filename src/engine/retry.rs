@@ -1,7 +1,8 @@
 //! When a failed session is tried again.
 
 use super::error::Class;
-use rand::RngExt as _;
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
 use std::time::Duration;
 
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -10,16 +11,18 @@ const STOP_FIRST: Duration = Duration::from_secs(15);
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// Counts failures in a row and says how long to wait after each.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Backoff {
     failures: u32,
+    jitter: SmallRng,
 }
 
 impl Backoff {
-    /// No failure yet.
+    /// No failure yet. The seed decides how much is taken off each pause: what shall not come back together has different
+    /// ones.
     #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(seed: u64) -> Self {
+        Self { failures: 0, jitter: SmallRng::seed_from_u64(seed) }
     }
 
     /// Failures in a row.
@@ -33,7 +36,7 @@ impl Backoff {
     pub fn next(&mut self, class: Class) -> Duration {
         let pause = self.ceiling(class);
         self.failures = self.failures.saturating_add(1);
-        pause.mul_f64(1.0 - rand::rng().random_range(0.0..0.5))
+        pause.mul_f64(1.0 - self.jitter.random_range(0.0..0.5))
     }
 
     fn ceiling(&self, class: Class) -> Duration {
@@ -56,7 +59,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_a_limit_and_start_over_after_a_success() {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(1);
         for expected in [500, 1000, 2000, 4000, 8000, 16000, 30000, 30000] {
             assert_eq!(backoff.ceiling(Class::Retry), Duration::from_millis(expected));
             let pause = backoff.next(Class::Retry);

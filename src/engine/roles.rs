@@ -221,6 +221,12 @@ pub trait ChangeLog: Send + 'static {
     /// The next part; waits for one. Safe to cancel: nothing is lost when the future is dropped.
     fn next(&mut self) -> impl Future<Output = Result<Part<Self::Position>>> + Send;
 
+    /// The next part, once it will not grow any more, since more has come than fits into one. Safe to cancel. A log whose
+    /// parts do not grow hands over what [`Self::next`] does.
+    fn next_grown(&mut self) -> impl Future<Output = Result<Part<Self::Position>>> + Send {
+        self.next()
+    }
+
     /// Confirms what is durable on the target. Feedback itself runs in a task of its own.
     fn confirm(&self, durable: &Self::Position);
 

@@ -42,19 +42,21 @@ pub struct Bindings {
 
 impl Bindings {
     /// Holds the RoleBinding of `namespace`. It is not let go before the guard is dropped: until then, put the finalizer that needs it
-    /// on the Mirror. Does nothing when rights do not come from RoleBindings.
+    /// on the Mirror. `None`: rights do not come from RoleBindings.
     ///
     /// # Errors
     /// As the API server answers; `BeingDeleted` when the rights are about to go.
-    pub async fn hold(&self, ctx: &Context, namespace: &str) -> Result<MutexGuard<'_, ()>> {
-        let turn = self.turn.lock().await;
-        if is_used(ctx) {
-            match find(ctx, namespace).await? {
-                Some(binding) => drop(apply::ensure_finalizer(ctx, &binding, IN_USE_FINALIZER).await?),
-                None => warn!(namespace, name = ctx.options.role_binding, "no such RoleBinding: deleting the namespace may leave a slot"),
-            }
+    pub async fn hold(&self, ctx: &Context, namespace: &str) -> Result<Option<MutexGuard<'_, ()>>> {
+        if !is_used(ctx) {
+            return Ok(None);
         }
-        Ok(turn)
+        let turn = self.turn.lock().await;
+        if let Some(binding) = find(ctx, namespace).await? {
+            apply::ensure_finalizer(ctx, &binding, IN_USE_FINALIZER).await?;
+        } else {
+            warn!(namespace, name = ctx.options.role_binding, "no such RoleBinding: deleting the namespace may leave a slot");
+        }
+        Ok(Some(turn))
     }
 
     /// A Mirror, Source or Target was let go.

@@ -127,6 +127,11 @@ pub struct Stream {
     #[schemars(range(min = 0, max = 600_000))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_delay_milliseconds: Option<i32>,
+    /// Connections to the target on which changes are applied; 2 when absent. Batches that have no row in common are written
+    /// side by side and committed in the order of the source.
+    #[schemars(range(min = 1, max = 16))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub apply_connections: Option<i32>,
 }
 
 /// What happens outside the cluster when the Mirror is deleted.

@@ -123,7 +123,7 @@ impl<S: Sessions> Worker<S> {
             started: None,
             failure: None,
             deadline: None,
-            backoff: Backoff::new(),
+            backoff: Backoff::new(rand::random()),
             health: Health::default(),
             held: Arc::default(),
         }

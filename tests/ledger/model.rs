@@ -28,6 +28,11 @@ pub const CREATE: &str = "
     ALTER TABLE parts_0 ALTER big SET STORAGE EXTERNAL;
     ALTER TABLE log ALTER big SET STORAGE EXTERNAL;";
 
+/// Two of them as the target may have them before the first copy.
+pub const UNIQUE: &str = "
+    CREATE TABLE accounts (w int, id bigint PRIMARY KEY, n bigint, u text UNIQUE, big text);
+    CREATE TABLE pairs (w int, id bigint, n bigint, u text UNIQUE, big text, PRIMARY KEY (id, w));";
+
 /// A row as [`Model::lines`] writes it, from SQL.
 pub const LINE: &str = "concat_ws(',', w, id, n, u, COALESCE(split_part(big, '|', 1) || ':' || length(big), '-'))";
 

@@ -48,11 +48,15 @@ pub enum Moment {
 
 impl Stage {
     /// Servers of these majors; the first tables are mapped.
-    pub async fn open(seed: u64, random: SmallRng, majors: (u32, u32), tables: &[usize]) -> Self {
-        let (source, target) = (Postgres::start(majors.0), Postgres::start(majors.1));
-        let left = source.create_database("shop").await;
-        target.create_database("dw").await;
+    pub async fn open(seed: u64, mut random: SmallRng, majors: (u32, u32), tables: &[usize]) -> Self {
+        // Transactions of more than a few rows are sent before their end.
+        let (source, target) = (Postgres::start_with(majors.0, &["logical_decoding_work_mem=64kB"]), Postgres::start(majors.1));
+        let (left, right) = (source.create_database("shop").await, target.create_database("dw").await);
         left.batch_execute(model::CREATE).await.expect("the tables");
+        if random.random() {
+            println!("the target checks more than the key while rows come");
+            right.batch_execute(model::UNIQUE).await.expect("the target's tables");
+        }
         let shared = Arc::new(Shared {
             port: source.port,
             models: (0..WRITERS).map(|writer| Mutex::new(Model::new(writer))).collect(),
@@ -70,7 +74,9 @@ impl Stage {
         left.batch_execute("ANALYZE").await.expect("statistics");
         let writers = writers.into_iter().map(|writer| tokio::spawn(writer.write())).collect();
         let names: Vec<_> = std::iter::once("ledger").chain(tables.iter().map(|table| TABLES[*table])).collect();
-        let worker = Worker::start((&source, "shop"), (&target, "dw"), &names);
+        let mut worker = Worker::start((&source, "shop"), (&target, "dw"), &names);
+        // From the next process on the log has the least memory, and large transactions go through the spill.
+        worker.arguments = ["--memory-limit", "0"].map(str::to_owned).to_vec();
         let tables = tables.to_vec();
         Self { source, target, worker, random, tables, shared, writers, kills: BTreeMap::new(), digests: 0, begun: Instant::now() }
     }

@@ -7,6 +7,7 @@ mod support;
 
 mod claims;
 mod copies;
+mod parallel;
 mod refusals;
 mod writes;
 
@@ -56,7 +57,10 @@ async fn database(server: &Postgres, name: &str) -> (Client, Endpoint) {
 
 /// A claimed stream with a checkpoint and prepared tables, which are made here.
 async fn stream(endpoint: Endpoint, slot: &str, tables: &[MappedTable]) -> (PostgresTarget, PostgresApplier) {
-    let target = target(endpoint);
+    stream_of(target(endpoint), slot, tables).await
+}
+
+async fn stream_of(target: PostgresTarget, slot: &str, tables: &[MappedTable]) -> (PostgresTarget, PostgresApplier) {
     let (claimed, mut applier) = target.claim(&key(slot), &owner("a"), None).await.expect("a claim");
     applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
     for table in tables {

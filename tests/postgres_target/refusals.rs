@@ -115,6 +115,20 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         .await
         .expect("a child");
     refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await, reason::TARGET_TABLE_INCOMPATIBLE, "child_t_fkey");
+    // What only a partition has fires too.
+    admin
+        .batch_execute(
+            "DROP TABLE own.child; ALTER TABLE own.t RENAME TO old; CREATE TABLE own.t (LIKE own.old) PARTITION BY RANGE (id);
+             CREATE TABLE own.low PARTITION OF own.t FOR VALUES FROM (0) TO (9); GRANT ALL ON own.t TO writer_checks",
+        )
+        .await
+        .expect("a partition");
+    as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("nothing that fires");
+    admin
+        .batch_execute("CREATE TRIGGER swallow_low BEFORE INSERT ON own.low FOR EACH ROW EXECUTE FUNCTION own.f()")
+        .await
+        .expect("a trigger");
+    refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await, reason::TARGET_TABLE_INCOMPATIBLE, "swallow_low");
     admin.batch_execute("GRANT SET ON PARAMETER session_replication_role TO writer_checks").await.expect("a grant");
     as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
 

@@ -200,3 +200,60 @@ async fn columns_of_rows_must_be_those_that_were_prepared() {
     apply(&mut applier, changes.committed(20)).await.expect("applied");
     assert_eq!(rows(&admin, "shop.items").await.last().map(String::as_str), Some("(9,x,y)"));
 }
+
+/// Rows that were inserted, updated and deleted, as the server counts them.
+async fn written(admin: &Client, table: &str, expected: [i64; 3]) {
+    let sql = "SELECT ARRAY[n_tup_ins, n_tup_upd, n_tup_del] FROM pg_stat_user_tables WHERE relid = to_regclass($1)";
+    eventually(20, &format!("{expected:?} rows of {table} written"), || async {
+        admin.query_one(sql, &[&table]).await.expect("counts").get::<_, Vec<i64>>(0) == expected
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_net_effect_per_key_reaches_the_table() {
+    let server = server();
+    let (admin, _) = database(&server, "net").await;
+    let accounts = mapped(1, "accounts", "shop", &["!id int4", "code int4", "v text"]);
+    let (_, mut applier) = stream(server.endpoint("net"), "s", std::slice::from_ref(&accounts)).await;
+    admin.batch_execute("CREATE UNIQUE INDEX ON shop.accounts (code) WHERE v <> 'closed'").await.expect("an index");
+    applier.prepare(std::slice::from_ref(&accounts)).await.expect("prepared");
+
+    let mut changes = Changes::default();
+    for id in 0..300 {
+        changes.insert(&accounts, &[int(id), int(id), text("new")]);
+        changes.update(&accounts, &[], &[int(id), int(id), text("newer")]);
+    }
+    for id in 300..400 {
+        changes.insert(&accounts, &[int(id), int(id), text("new")]);
+        changes.delete(&accounts, &[int(id), Value::Null, Value::Null]);
+    }
+    let applied = apply(&mut applier, changes.committed(10)).await.expect("applied");
+    assert_eq!((applied.inserts, applied.updates, applied.deletes), (400, 300, 100));
+    written(&admin, "shop.accounts", [300, 0, 0]).await;
+
+    // 10,000 updates of ten rows, two of which exchange their codes through a third; and one that only names the same.
+    let mut changes = Changes::default();
+    for number in 0..10_000 {
+        changes.update(&accounts, &[], &[int(number % 10), Value::Unchanged, Value::Unchanged]);
+    }
+    for (id, code) in [(1, 999), (2, 1), (1, 2)] {
+        changes.update(&accounts, &[], &[int(id), int(code), text("newer")]);
+    }
+    changes.update(&accounts, &[], &[int(3), int(3), text("newer")]);
+    let applied = apply(&mut applier, changes.committed(20)).await.expect("applied");
+    assert_eq!(applied.updates, 10_004);
+    // Rows 1 and 2 go and come. Nothing is written of the others: their columns are all looked at, and none has changed.
+    written(&admin, "shop.accounts", [302, 0, 2]).await;
+    let codes = "SELECT string_agg(id || '=' || code, ' ' ORDER BY id) FROM shop.accounts WHERE id < 5";
+    assert_eq!(admin.query_one(codes, &[]).await.expect("codes").get::<_, String>(0), "0=0 1=2 2=1 3=3 4=4");
+
+    // A row whose key moves takes over what another one leaves; columns that were not sent go with it.
+    let mut changes = Changes::default();
+    changes.update(&accounts, &[int(7), Value::Null, Value::Null], &[int(1007), Value::Unchanged, Value::Unchanged]);
+    changes.update(&accounts, &[int(8), Value::Null, Value::Null], &[int(7), Value::Unchanged, text("moved")]);
+    apply(&mut applier, changes.committed(30)).await.expect("applied");
+    written(&admin, "shop.accounts", [304, 0, 4]).await;
+    let moved = "SELECT string_agg(concat_ws(' ', id, code, v), ', ' ORDER BY id) FROM shop.accounts WHERE code IN (7, 8)";
+    assert_eq!(admin.query_one(moved, &[]).await.expect("rows").get::<_, String>(0), "7 8 moved, 1007 7 newer");
+}

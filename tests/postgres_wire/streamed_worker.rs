@@ -7,7 +7,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use std::time::Duration;
 
 /// Kills of one run.
-const KILLS: u32 = 5;
+const KILLS: u32 = 3;
 /// The least memory that a log takes is 16 MiB, half of it for what is kept.
 const KEPT: u64 = 8 << 20;
 
@@ -48,7 +48,7 @@ pub async fn killed(major: u32) {
         match kill % 3 {
             0 => worker.kill9(),
             _ => {
-                left.batch_execute(if kill == 4 { "ROLLBACK" } else { "COMMIT" }).await.unwrap();
+                left.batch_execute(if kill == 2 { "ROLLBACK" } else { "COMMIT" }).await.unwrap();
                 let pause = Duration::from_millis(random.random_range(0..1500));
                 tokio::time::sleep(pause).await;
                 worker.kill9();

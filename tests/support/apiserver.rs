@@ -88,6 +88,8 @@ impl ApiServer {
                 format!("--cert-dir={}", path("certificates")),
                 format!("--token-auth-file={}", path("tokens.csv")),
                 "--authorization-mode=RBAC".into(),
+                // As on OpenShift: who sets an owner needs a right to.
+                "--enable-admission-plugins=OwnerReferencesPermissionEnforcement".into(),
                 "--service-account-issuer=https://kubernetes.default.svc".into(),
                 format!("--service-account-signing-key-file={}", path("sa.key")),
                 format!("--service-account-key-file={}", path("sa.key")),

@@ -60,7 +60,7 @@ pub fn desired(source: (&Postgres, &str), target: (&Postgres, &str), tables: &[&
             indexes: true,
             foreign_keys: true,
         },
-        stream: StreamSpec { max_batch_rows: 1000, max_batch_bytes: 1 << 20, max_delay_milliseconds: 5 },
+        stream: StreamSpec { max_batch_rows: 1000, max_batch_bytes: 1 << 20, max_delay_milliseconds: 5, apply_connections: 2 },
         suspend: false,
         public_keys: vec![key.public_key_base64()],
     }
@@ -100,6 +100,11 @@ impl Worker {
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The state folder.
+    pub fn state_folder(&self) -> PathBuf {
+        self.path("state")
     }
 
     /// Writes the mounted Secret of one side.

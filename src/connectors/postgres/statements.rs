@@ -293,10 +293,16 @@ impl TableWriter {
         let returned = returned.collect::<Vec<_>>().join(", ");
         let idents = all.iter().map(|(ident, _)| ident.as_str()).collect::<Vec<_>>().join(", ");
         let values = (0..all.len()).map(|number| format!("v{number}")).collect::<Vec<_>>().join(", ");
-        let stays = self.assignments(written(&|column| !decides(column)).into_iter());
+        let staying = written(&|column| !decides(column));
+        let stays = if staying.is_empty() {
+            format!("SELECT s.n::int4 AS n FROM {name} AS t, s WHERE {found} AND NOT {moves}")
+        } else {
+            let set = self.assignments(staying.into_iter());
+            format!("UPDATE {name} AS t SET {set} FROM s WHERE {found} AND NOT {moves} RETURNING s.n::int4 AS n")
+        };
         format!(
             "WITH s AS MATERIALIZED (SELECT * FROM {rows}), \
-             stays AS (UPDATE {name} AS t SET {stays} FROM s WHERE {found} AND NOT {moves} RETURNING s.n::int4 AS n), \
+             stays AS ({stays}), \
              goes AS (DELETE FROM {name} AS t USING s WHERE {found} AND {moves} RETURNING s.n::int4 AS n, {returned}), \
              comes AS (INSERT INTO {name} ({idents}) OVERRIDING SYSTEM VALUE SELECT {values} FROM goes ORDER BY n) \
              SELECT array_agg(n) FROM (SELECT n FROM stays UNION ALL SELECT n FROM goes) AS hit"
@@ -312,7 +318,9 @@ impl TableWriter {
     fn assignments(&self, written: impl Iterator<Item = (usize, String)>) -> String {
         let list: Vec<String> = written.map(|(column, value)| format!("{} = {value}", self.columns[column].ident)).collect();
         if list.is_empty() {
-            let ident = &self.columns[self.key.first().copied().unwrap_or(0)].ident;
+            // Rather not the key's, which may be an identity column.
+            let column = (0..self.columns.len()).find(|column| !self.key.contains(column)).unwrap_or(0);
+            let ident = &self.columns[column].ident;
             return format!("{ident} = t.{ident}");
         }
         list.join(", ")

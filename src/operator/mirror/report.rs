@@ -412,6 +412,8 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         lag: text::lag(said.lag_bytes, said.lag_seconds),
         lag_bytes: said.lag_bytes.map(signed),
         lag_seconds: said.lag_seconds.map(signed),
+        latency_p50_milliseconds: said.latency_p50_milliseconds.map(signed),
+        latency_p99_milliseconds: said.latency_p99_milliseconds.map(signed),
         tables: tables(&said.tables).or(status.tables),
         rows_copied: Some(signed(said.rows_copied)),
         rows_streamed: Some(signed(said.rows_streamed)),

@@ -7,12 +7,12 @@
 use super::super::statements::TableWriter;
 use crate::engine::batch::{Batch, Cell, CellKind, Change, Op};
 use crate::engine::coalesce::Order;
-use std::collections::hash_map::DefaultHasher;
+use crate::engine::hash::{AlreadyHashed, hash, seed};
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::LazyLock;
 
 /// Hashes of keys, one or two per change: two keys with one hash count as one, which costs time and nothing else.
-type Keys = HashSet<u64, BuildHasherDefault<AlreadyHashed>>;
+type Keys = HashSet<u64, AlreadyHashed>;
 
 /// What a part writes.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(super) enum Footprint {
 impl Footprint {
     /// Of the changes that are due.
     pub fn of(batch: &Batch, writers: &HashMap<u32, TableWriter>, due: &[bool]) -> Self {
-        let mut keys = Keys::with_capacity_and_hasher(batch.changes().len(), BuildHasherDefault::default());
+        let mut keys = Keys::with_capacity_and_hasher(batch.changes().len(), AlreadyHashed::default());
         let mut encodings: HashMap<u32, Vec<CellKind>> = HashMap::new();
         for (change, due) in batch.changes().iter().zip(due) {
             if !due {
@@ -49,7 +49,7 @@ impl Footprint {
                 if !key.clone().map(|cell| cell.kind).eq(encoding.iter().copied()) {
                     return Self::Alone;
                 }
-                keys.insert(hash(batch, table, key));
+                keys.insert(hash_key(batch, table, key));
             }
         }
         Self::Rows { keys, encodings }
@@ -80,31 +80,8 @@ fn key_cells<'a>(
     })
 }
 
-fn hash(batch: &Batch, table: u32, key: impl Iterator<Item = Cell>) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write_u32(table);
-    for cell in key {
-        let bytes = batch.bytes(cell);
-        hasher.write_usize(bytes.len());
-        hasher.write(bytes);
-    }
-    hasher.finish()
-}
-
-/// The keys of the set are hashes.
-#[derive(Debug, Default)]
-pub(super) struct AlreadyHashed(u64);
-
-impl Hasher for AlreadyHashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("only u64 are hashed");
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
+/// Footprints are compared: all hashes have the same start.
+fn hash_key(batch: &Batch, table: u32, key: impl Iterator<Item = Cell>) -> u64 {
+    static SEED: LazyLock<u64> = LazyLock::new(seed);
+    key.fold(*SEED ^ u64::from(table), |state, cell| hash(state, batch.bytes(cell)))
 }

@@ -1,0 +1,134 @@
+//! A part is written twice: row by row, and as the sets that the planner makes of it, each in an order of its own. Both are
+//! strict, and must leave the same rows.
+
+use crate::dice::Dice;
+use crate::history::{Row, Rows, TABLES, Tables, UNIQUE_TABLE};
+use sluice::engine::batch::{Batch, Cell, CellKind, Op};
+use sluice::engine::coalesce::{Action, Order, Step, TableRule, Write, plan};
+
+/// The tables after the due changes. An error is a change that does not fit, or a difference between the two ways.
+pub fn apply(before: &Tables, batch: &Batch, due: &[bool], overtaking: bool, dice: &mut Dice) -> Result<Tables, String> {
+    let mut rows = *before;
+    for (change, _) in batch.changes().iter().zip(due).filter(|(_, due)| **due) {
+        let table = batch.table(change).id as usize;
+        let values = |image| values(batch.cells(image), |cell| batch.bytes(cell));
+        let (rows, old, new) = (&mut rows[table], values(change.old), values(change.new));
+        let fits = match change.op {
+            Op::Truncate => {
+                *rows = Rows::default();
+                Ok(())
+            }
+            Op::Delete => remove(rows, &old).map(|_| ()),
+            Op::Insert => put(rows, table, None, &new),
+            Op::Update => update(rows, table, &old, &new),
+        };
+        fits.map_err(|what| format!("row by row: {what} in table {table}"))?;
+    }
+    let sets = as_sets(before, batch, due, overtaking, dice)?;
+    if sets == rows { Ok(rows) } else { Err(format!("row by row: {rows:?}\nas sets:    {sets:?}")) }
+}
+
+/// Any order that a table allows may be chosen for it.
+fn as_sets(before: &Tables, batch: &Batch, due: &[bool], overtaking: bool, dice: &mut Dice) -> Result<Tables, String> {
+    let mut sets = *before;
+    let rules: [TableRule<'_>; TABLES] = std::array::from_fn(|table| {
+        let order = match table {
+            UNIQUE_TABLE if overtaking => Order::Key,
+            UNIQUE_TABLE => [Order::Guarded, Order::Table, Order::All][dice.below(3) as usize],
+            _ => [Order::Key, Order::Key, Order::Guarded, Order::All][dice.below(4) as usize],
+        };
+        TableRule { key: &[0], order, rewrites: order == Order::Guarded || dice.chance(500) }
+    });
+    let rules: Vec<TableRule<'_>> = batch.tables().iter().map(|table| rules[table.id as usize]).collect();
+    let plan = plan(batch, &rules, |_, index| due[index]).map_err(|error| error.to_string())?;
+    for step in &plan.steps {
+        match step {
+            Step::Truncate(tables) => tables.iter().for_each(|table| sets[batch.tables()[*table as usize].id as usize] = Rows::default()),
+            Step::Write(write) => {
+                let table = batch.tables()[write.table as usize].id as usize;
+                let values = |image| values(plan.images.cells(image), |cell| plan.images.bytes(cell));
+                let mut written: Vec<(Values, Values)> = write.rows.iter().map(|row| (values(row.old), values(row.new))).collect();
+                if !write.one_by_one {
+                    dice.shuffle(&mut written);
+                }
+                let fits = write_set(&mut sets[table], table, write, &written);
+                fits.map_err(|what| format!("as a set ({:?}): {what} in table {table}", write.action))?;
+            }
+        }
+    }
+    Ok(sets)
+}
+
+fn write_set(rows: &mut Rows, table: usize, write: &Write, written: &[(Values, Values)]) -> Result<(), String> {
+    let mut gone = Vec::new();
+    for (old, new) in written {
+        match write.action {
+            Action::Insert => put(rows, table, None, new)?,
+            Action::Update => update(rows, table, &Values::default(), new)?,
+            Action::UpdateKey => update(rows, table, old, new)?,
+            Action::Delete => {
+                remove(rows, old)?;
+            }
+            Action::Rewrite => {
+                let from = if old.key.is_some() { old } else { new };
+                let held = rows[from.key()?].ok_or_else(|| format!("{from:?} to rewrite is not there"))?;
+                if from.key()? != new.key()? || new.unique.is_some_and(|unique| unique != held.unique) {
+                    gone.push((remove(rows, from)?, new));
+                } else {
+                    update(rows, table, &Values::default(), new)?;
+                }
+            }
+        }
+    }
+    // What had to go comes again when all of them are gone.
+    gone.into_iter().try_for_each(|(held, new)| put(rows, table, Some(held), new))
+}
+
+/// An image as numbers; what it leaves out is none.
+#[derive(Debug, Default)]
+struct Values {
+    key: Option<usize>,
+    unique: Option<u32>,
+    value: Option<u32>,
+    toast: Option<u32>,
+}
+
+impl Values {
+    fn key(&self) -> Result<usize, String> {
+        self.key.ok_or_else(|| "an image without its key".into())
+    }
+}
+
+fn values<'a>(cells: &[Cell], bytes: impl Fn(Cell) -> &'a [u8]) -> Values {
+    let number = |column: usize| {
+        let cell = cells.get(column).filter(|cell| cell.kind == CellKind::Text)?;
+        std::str::from_utf8(bytes(*cell)).ok()?.parse::<u32>().ok()
+    };
+    Values { key: number(0).map(|key| key as usize), unique: number(1), value: number(2), toast: number(3) }
+}
+
+fn remove(rows: &mut Rows, old: &Values) -> Result<Row, String> {
+    rows[old.key()?].take().ok_or_else(|| format!("{old:?} to remove is not there"))
+}
+
+fn update(rows: &mut Rows, table: usize, old: &Values, new: &Values) -> Result<(), String> {
+    let held = remove(rows, if old.key.is_some() { old } else { new })?;
+    put(rows, table, Some(held), new)
+}
+
+/// Writes a row where none is; what the new image leaves out is as it was.
+fn put(rows: &mut Rows, table: usize, held: Option<Row>, new: &Values) -> Result<(), String> {
+    let left_out = || format!("{new:?} leaves out what nobody knows");
+    let row = Row {
+        unique: new.unique.or(held.map(|row| row.unique)).ok_or_else(left_out)?,
+        value: new.value.or(held.map(|row| row.value)).ok_or_else(left_out)?,
+        toast: new.toast.or(held.map(|row| row.toast)).ok_or_else(left_out)?,
+    };
+    if table == UNIQUE_TABLE && rows.iter().flatten().any(|other| other.unique == row.unique) {
+        return Err(format!("for {new:?}: another row has that unique value"));
+    }
+    match rows[new.key()?].replace(row) {
+        Some(_) => Err(format!("{new:?} is there already")),
+        None => Ok(()),
+    }
+}
