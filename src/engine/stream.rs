@@ -250,7 +250,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 self.heartbeat.refused();
             }
             // Nothing depends on it: the next one is tried in its time, and a source that is gone ends the log too.
-            Ok(Err(_)) | Err(_) | Ok(Ok(())) => {}
+            Ok(Err(_) | Ok(())) | Err(_) => {}
         }
     }
 
