@@ -400,3 +400,20 @@ async fn rows_streamed_are_counted_once_whatever_happens_to_the_worker() {
     assert_eq!(worker.status().await.unwrap().rows_streamed, 112);
     assert_equal(&left, &right, &TABLES).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_only_others_move_is_followed_with_a_known_latency() {
+    let (source, target, left, _right) = pair(15).await;
+    seed(&left, 100).await;
+    let others = source.create_database("others").await;
+    let worker = Worker::start((&source, "shop"), (&target, "dw"), &TABLE_NAMES);
+    worker.wait_streaming().await;
+    // Nothing of these rows is sent: all that comes is a message of the worker's own.
+    others.batch_execute("CREATE TABLE t AS SELECT repeat('x', 100) FROM generate_series(1, 10000)").await.expect("log");
+    worker.wait_for(60, "a heartbeat", |status| status.latency_p50_milliseconds.is_some()).await;
+    let status = worker.status().await.expect("a status");
+    let (median, slow) = (status.latency_p50_milliseconds.expect("a median"), status.latency_p99_milliseconds.expect("a percentile"));
+    assert!(median >= 1 && median <= slow && slow < 20_000, "{median} ms, {slow} ms");
+    assert_eq!(status.rows_streamed, 0);
+    wait_sql(&left, 30, "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn) < 65536 FROM pg_replication_slots").await;
+}

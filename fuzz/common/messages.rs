@@ -44,6 +44,7 @@ fn table(id: u32, name: &str, identity: Identity) -> MappedTable {
         primary_key_name: None,
         estimated_rows: 0,
         blocks: 0,
+        structure: Default::default(),
     }
 }
 

@@ -8,7 +8,7 @@ use super::error::{Class, Error, Result, reason};
 use super::flow::{SnapshotConfig, lost_task};
 use super::progress::{Phase, Progress};
 use super::retry::Backoff;
-use super::roles::{Apply, BulkFormat, Claim, Range, Snapshot, Source, Target};
+use super::roles::{Apply, Builders, BulkFormat, Claim, Range, Snapshot, Source, Target};
 use super::table::{MappedTable, TableState};
 use futures::{TryStreamExt as _, stream};
 use std::sync::Arc;
@@ -104,7 +104,15 @@ where
 {
     let name = table.source();
     job.progress.set_table(name, TableState::Copied);
-    job.target.finish(job.claim, table).await.map_err(|error| error.context(name))?;
+    let builders = Builders { per_table: job.config.workers_per_table.max(1), tables: job.config.tables_in_parallel.max(1) };
+    let finish = async {
+        let values = if table.structure.sequences.is_empty() { Vec::new() } else { job.source.sequence_values(table).await? };
+        let tell = |step| job.progress.set_step(name, Some(step));
+        job.target.finish(job.claim, table, &values, builders, &tell).await
+    };
+    let finished = finish.await.map_err(|error| error.context(name));
+    job.progress.set_step(name, None);
+    finished?;
     applier.lock().await.set_state(table, TableState::CatchingUp, Some(position)).await?;
     job.progress.set_table(name, TableState::CatchingUp);
     Ok(())

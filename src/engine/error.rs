@@ -125,7 +125,7 @@ pub mod reason {
         PUBLICATION_MISSING = "PublicationMissing", "The publication is gone or was not there at the position read.";
         TARGET_TABLE_NOT_EMPTY = "TargetTableNotEmpty", "A target table holds rows and existingRows is Refuse.";
         TARGET_TABLE_INCOMPATIBLE = "TargetTableIncompatible", "An existing target table lacks a column or has another type.";
-        TYPE_MISSING = "TypeMissing", "The target lacks a type or collation of the source.";
+        TYPE_MISSING = "TypeMissing", "The target lacks a type, function, collation or extension that tables of the source use.";
         TARGET_READ_ONLY = "TargetReadOnly", "The target accepts no writes.";
         TARGET_DISK_FULL = "TargetDiskFull", "The target has no room left.";
         SOURCE_DISK_FULL = "SourceDiskFull", "The source has no room left.";

@@ -7,11 +7,14 @@ use super::copy::{CopyJob, copy_tables, finish_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
 use super::progress::{Phase, Progress};
-use super::roles::{Apply, BatchLimits, Checkpoint, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
+use super::retry::Backoff;
+use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
 use super::startup::{Facts, Start, check_mapping, decide};
 use super::stream::follow;
+use super::structure::{IndexRole, Structure};
 use super::table::{MappedTable, QualifiedName, TableState};
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +48,22 @@ pub struct SnapshotConfig {
     pub tables_in_parallel: usize,
     /// Ranges of one table at a time.
     pub workers_per_table: usize,
+    /// Tables that are made get the source's indexes and what stands on them.
+    pub indexes: bool,
+    /// Tables that are made get the source's foreign keys.
+    pub foreign_keys: bool,
+}
+
+impl SnapshotConfig {
+    /// Takes out what the target shall not get. The primary key stays: rows are found by it.
+    fn leave_out(&self, structure: &mut Structure) {
+        if !self.indexes {
+            structure.indexes.retain(|index| matches!(index.role, IndexRole::Key { primary: true, .. }));
+        }
+        if !self.foreign_keys {
+            structure.foreign_keys.clear();
+        }
+    }
 }
 
 /// How a session is told to end.
@@ -80,7 +99,36 @@ where
         () = stop.finish.cancelled() => return Ok(()),
         ready = set_up => ready?,
     };
-    follow(&*source, ready, config.limits, progress, stop).await
+    let (ready, claim) = ready;
+    let tables = ready.tables.clone();
+    tokio::select! {
+        biased;
+        ended = follow(&*source, ready, config.limits, progress, stop) => ended,
+        never = relate(&*target, &claim, &tables, progress) => match never {},
+    }
+}
+
+/// Foreign keys come when every table follows, and the stream does not wait for them. Never ends, so that the stream's end is
+/// the session's.
+async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], progress: &Progress) -> Infallible {
+    let mut backoff = Backoff::new(claim.epoch.unsigned_abs());
+    while let Some(first) = tables.iter().find(|table| !table.structure.foreign_keys.is_empty()) {
+        progress.streaming().await;
+        let related = target.relate(claim, tables, &|step| progress.set_step(first.source(), Some(step))).await;
+        progress.set_step(first.source(), None);
+        match related {
+            Ok(notes) => {
+                notes.iter().for_each(|note| tracing::warn!("{note}"));
+                progress.set_notes(notes);
+                break;
+            }
+            Err(error) => {
+                tracing::info!(%error, "foreign keys are tried again");
+                tokio::time::sleep(backoff.next(error.class)).await;
+            }
+        }
+    }
+    std::future::pending().await
 }
 
 /// A claimed stream whose tables are all copied.
@@ -96,14 +144,17 @@ async fn set_up<S, T>(
     config: &StreamConfig,
     progress: &Progress,
     held: &mut Option<i64>,
-) -> Result<ReadyStream<S, T::Applier>>
+) -> Result<(ReadyStream<S, T::Applier>, Claim)>
 where
     S: Source,
     T: Target<Position = S::Position>,
 {
     check_mapping(&config.selection)?;
     let identity = source.identity().await?;
-    let tables = source.tables(&config.selection).await?;
+    let mut tables = source.tables(&config.selection).await?;
+    for table in &mut tables {
+        config.snapshot.leave_out(Arc::make_mut(&mut table.structure));
+    }
     check_targets(&tables)?;
     let key =
         StreamKey { system_identifier: identity.system_identifier.clone(), database: identity.database.clone(), slot: config.slot.clone() };
@@ -137,7 +188,7 @@ where
         }
     };
     applier.prepare(&tables).await?;
-    Ok(ReadyStream { tables, handover, applier })
+    Ok((ReadyStream { tables, handover, applier }, claimed.claim))
 }
 
 /// Two tables of a schema selection may meet in one target table.

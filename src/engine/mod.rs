@@ -16,6 +16,8 @@ pub mod error;
 pub mod flow;
 pub mod handover;
 pub mod hash;
+mod heartbeat;
+pub mod latency;
 pub mod position;
 pub mod progress;
 pub mod retry;
@@ -23,6 +25,7 @@ pub mod roles;
 pub mod spill;
 pub mod startup;
 mod stream;
+pub mod structure;
 pub mod table;
 
 #[cfg(test)]

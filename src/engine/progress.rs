@@ -1,11 +1,13 @@
 //! What a session reports while it runs; read by whoever shows it.
 
+use super::latency::Latency;
 use super::position::Position;
 use super::roles::{Applied, ApplyMode, LogLoad};
 use super::table::{QualifiedName, TableState};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
+use tokio::sync::watch;
 
 /// What a session does, in one word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub struct View {
     pub lag_bytes: Option<u64>,
     /// Seconds since the commit of the last transaction applied, while more is waiting; else 0.
     pub lag_seconds: Option<u64>,
+    /// From the source's commit to the target's, by transaction.
+    pub latency: Latency,
     /// Number of tables per state.
     pub tables: BTreeMap<&'static str, u32>,
     /// Tables in state `Error`, with the reason.
@@ -76,8 +80,20 @@ pub struct View {
 struct State {
     view: View,
     tables: BTreeMap<QualifiedName, TableState>,
+    /// What is done to tables whose rows are there.
+    steps: BTreeMap<QualifiedName, String>,
+    /// What stays as it is until somebody changes something.
+    notes: Vec<String>,
     last_commit: Option<SystemTime>,
     rolled_back: Option<RolledBack>,
+}
+
+impl State {
+    fn step(&self) -> Option<String> {
+        let first = self.steps.values().next()?;
+        let more = self.steps.len() - 1;
+        Some(if more > 0 { format!("{first}; and {more} more") } else { first.clone() })
+    }
 }
 
 /// A transaction larger than a batch that was rolled back on the target before its end, and begins again each time.
@@ -105,6 +121,7 @@ impl RolledBack {
 #[derive(Debug, Default)]
 pub struct Progress {
     state: Mutex<State>,
+    phase: watch::Sender<Phase>,
 }
 
 impl Progress {
@@ -127,7 +144,9 @@ impl Progress {
         for table in state.tables.values() {
             *view.tables.entry(table.as_str()).or_default() += 1;
         }
-        view.waiting = view.waiting.or_else(|| state.rolled_back.as_ref().and_then(RolledBack::told));
+        let noted = || (!state.notes.is_empty()).then(|| state.notes.join("; "));
+        let rolled_back = || state.rolled_back.as_ref().and_then(RolledBack::told);
+        view.waiting = view.waiting.or_else(|| state.step()).or_else(rolled_back).or_else(noted);
         let behind = view.lag_bytes.is_some_and(|bytes| bytes > 0) && view.received != view.applied;
         view.lag_seconds = match state.last_commit {
             _ if !behind && view.lag_bytes.is_some() => Some(0),
@@ -148,6 +167,7 @@ impl Progress {
             deletes: old.view.deletes,
             batches: old.view.batches,
             bytes_applied: old.view.bytes_applied,
+            latency: old.view.latency,
             rows_copied: old.view.rows_copied,
             rows_to_copy: old.view.rows_to_copy,
             snapshot_completed: old.view.snapshot_completed,
@@ -158,6 +178,7 @@ impl Progress {
         };
         state.tables = old.tables;
         state.rolled_back = old.rolled_back;
+        self.phase.send_replace(Phase::Starting);
     }
 
     pub(super) fn rolled_back(&self, commit_start: Option<String>, bytes: usize) {
@@ -178,6 +199,27 @@ impl Progress {
         if matches!(phase, Phase::CatchingUp | Phase::Streaming) {
             state.view.snapshot_completed = true;
         }
+        self.phase.send_replace(phase);
+    }
+
+    /// Waits until every table follows the stream.
+    pub(super) async fn streaming(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.phase.subscribe().wait_for(|phase| *phase == Phase::Streaming).await;
+    }
+
+    /// Shows what is being done to a table, or that nothing is any more.
+    pub(super) fn set_step(&self, table: &QualifiedName, step: Option<String>) {
+        let steps = &mut self.state().steps;
+        match step {
+            Some(step) => drop(steps.insert(table.clone(), step)),
+            None => drop(steps.remove(table)),
+        }
+    }
+
+    /// Shows what was not done and why.
+    pub(super) fn set_notes(&self, notes: Vec<String>) {
+        self.state().notes = notes;
     }
 
     pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode, rows_streamed: u64) {
@@ -240,9 +282,15 @@ impl Progress {
         self.state().view.confirmed = Some(confirmed.to_string());
     }
 
-    pub(super) fn applied(&self, applied: Applied, bytes: usize, last_commit: Option<SystemTime>) {
+    /// A part is over; `commits`: when the source has committed the transactions that have ended with it.
+    pub(super) fn applied(&self, applied: Applied, bytes: usize, commits: impl IntoIterator<Item = SystemTime>) {
         let mut state = self.state();
-        state.last_commit = last_commit.or(state.last_commit);
+        let (now, instant) = (SystemTime::now(), Instant::now());
+        for commit in commits {
+            state.last_commit = Some(commit);
+            // Clocks differ: a commit of the future has taken no time.
+            state.view.latency.record(now.duration_since(commit).unwrap_or_default(), instant);
+        }
         let view = &mut state.view;
         view.inserts += applied.inserts;
         view.updates += applied.updates;

@@ -3,6 +3,7 @@
 use super::batch::Part;
 use super::error::Result;
 use super::position::Position;
+use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
 use bytes::Bytes;
 use futures::Stream;
@@ -187,6 +188,9 @@ pub trait Source: Send + Sync + 'static {
     /// Writes a marker into the log, so that an idle source moves on.
     fn mark(&self) -> impl Future<Output = Result<()>> + Send;
 
+    /// How far the sequences of a table are now. Read after its rows, so that no value in them comes again.
+    fn sequence_values(&self, table: &MappedTable) -> impl Future<Output = Result<Vec<SequenceValue>>> + Send;
+
     /// What a slow set-up waits for, for people: for example old transactions with their pids and age.
     fn waiting(&self) -> Option<String>;
 }
@@ -216,6 +220,12 @@ pub trait ChangeLog: Send + 'static {
 
     /// The next part; waits for one. Safe to cancel: nothing is lost when the future is dropped.
     fn next(&mut self) -> impl Future<Output = Result<Part<Self::Position>>> + Send;
+
+    /// The next part, once it will not grow any more, since more has come than fits into one. Safe to cancel. A log whose
+    /// parts do not grow hands over what [`Self::next`] does.
+    fn next_grown(&mut self) -> impl Future<Output = Result<Part<Self::Position>>> + Send {
+        self.next()
+    }
 
     /// Confirms what is durable on the target. Feedback itself runs in a task of its own.
     fn confirm(&self, durable: &Self::Position);
@@ -340,6 +350,18 @@ impl ApplyMode {
     }
 }
 
+/// How many sessions may work on what follows the rows at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Builders {
+    /// On one table.
+    pub per_table: usize,
+    /// Tables at a time.
+    pub tables: usize,
+}
+
+/// Takes what is being done, for people.
+pub type Tell<'a> = &'a (dyn Fn(String) + Send + Sync);
+
 /// A target that can be loaded and that applies changes.
 pub trait Target: Send + Sync + 'static {
     /// Positions of the source whose changes it takes.
@@ -376,8 +398,20 @@ pub trait Target: Send + Sync + 'static {
         rows: BulkStream,
     ) -> impl Future<Output = Result<u64>> + Send;
 
-    /// Builds the primary key and statistics after the data. Safe to repeat.
-    fn finish(&self, claim: &Claim, table: &MappedTable) -> impl Future<Output = Result<()>> + Send;
+    /// Makes what follows the rows: key and statistics, and on a table that [`Apply::begin_copy`] has made all of its
+    /// structure but foreign keys. Tells what it does. Safe to repeat.
+    fn finish(
+        &self,
+        claim: &Claim,
+        table: &MappedTable,
+        values: &[SequenceValue],
+        builders: Builders,
+        tell: Tell<'_>,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Makes foreign keys between these tables while the stream goes on; each of them is at the stream's checkpoint. Returns
+    /// what is not made and why, for people. Safe to repeat.
+    fn relate(&self, claim: &Claim, tables: &[MappedTable], tell: Tell<'_>) -> impl Future<Output = Result<Vec<String>>> + Send;
 }
 
 /// The one writer of a stream, bound to the connections that it was claimed with: an error ends it, and the next claim makes

@@ -5,9 +5,10 @@
 //! position) waits until nothing is in flight.
 
 use super::batch::Part;
-use super::error::{Error, Result};
+use super::error::{Class, Error, Result};
 use super::flow::{ReadyStream, Stop, left_publication};
 use super::handover::Handover;
+use super::heartbeat::Heartbeat;
 use super::progress::{Phase, Progress};
 use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Source};
 use super::table::{MappedTable, TableState};
@@ -22,6 +23,8 @@ const TICK: Duration = Duration::from_millis(200);
 const IDLE_ADVANCE: Duration = Duration::from_secs(10);
 /// How often the publication is compared with what should be in it, besides each time the log describes a table anew.
 const MEMBERSHIP_CHECK: Duration = Duration::from_secs(60);
+/// Bound for writing a message into the source's log.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(5);
 /// Bound for rolling back when the session is told to end.
 const ABORT_LIMIT: Duration = Duration::from_secs(1);
 
@@ -40,6 +43,7 @@ struct Follower<'a, S: Source, A> {
     idle: Option<S::Position>,
     idle_since: Instant,
     membership_checked: Instant,
+    heartbeat: Heartbeat<S::Position>,
     /// Descriptions of tables that the last check of the membership has seen.
     announced: u64,
 }
@@ -48,6 +52,11 @@ struct Follower<'a, S: Source, A> {
 struct Open<P> {
     commit_start: Option<P>,
     bytes: usize,
+}
+
+/// The next part. Beside others it pays only for large ones: small ones cost a transaction each and are better left to grow.
+async fn next<L: ChangeLog>(log: &mut L, beside: bool) -> Result<Part<L::Position>> {
+    if beside { log.next_grown().await } else { log.next().await }
 }
 
 /// What made a step.
@@ -71,6 +80,7 @@ where
         log = source.open(handover.checkpoint(), &tables, limits) => log?,
     };
     let now = Instant::now();
+    let heartbeat = Heartbeat::new(handover.checkpoint().clone(), now.into_std());
     let mut follower = Follower {
         source,
         log,
@@ -83,6 +93,7 @@ where
         idle: None,
         idle_since: now,
         membership_checked: now,
+        heartbeat,
         announced: 0,
     };
     let result = tokio::select! {
@@ -115,7 +126,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 () = stop.finish.cancelled(), if self.open.is_none() => Event::Finish,
                 _ = tick.tick() => Event::Tick,
                 applied = self.applier.applied(), if !self.in_flight.is_empty() => Event::Applied(applied?),
-                part = self.log.next(), if self.applier.has_room() => Event::Part(Arc::new(part?)),
+                part = next(&mut self.log, !self.in_flight.is_empty()), if self.applier.has_room() => Event::Part(Arc::new(part?)),
             };
             match event {
                 Event::Finish => {
@@ -169,8 +180,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             }
             self.moved(part.end());
         }
-        let last_commit = part.boundaries.last().map(|boundary| boundary.committed_at);
-        self.progress.applied(applied, part.batch.size(), last_commit);
+        let commits = part.boundaries.iter().map(|boundary| boundary.committed_at);
+        self.progress.applied(applied, part.batch.size(), commits);
+        self.heartbeat.came(self.log.received().1, Instant::now().into_std());
         self.show_position();
         self.confirm().await
     }
@@ -222,7 +234,24 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         }
         self.confirm().await?;
         self.show_position();
+        self.write_heartbeat().await;
         Ok(())
+    }
+
+    /// Where the log moves and nothing in it is for us, a message of our own makes the stream move and shows its latency.
+    async fn write_heartbeat(&mut self) {
+        let waits = !self.in_flight.is_empty() || self.open.is_some();
+        if waits || !self.heartbeat.is_due(&self.log.received().1, Instant::now().into_std()) {
+            return;
+        }
+        match tokio::time::timeout(HEARTBEAT_LIMIT, self.source.mark()).await {
+            Ok(Err(error)) if error.class != Class::Retry => {
+                tracing::info!(%error, "the source takes no messages of ours: none is written any more");
+                self.heartbeat.refused();
+            }
+            // Nothing depends on it: the next one is tried in its time, and a source that is gone ends the log too.
+            Ok(Err(_) | Ok(())) | Err(_) => {}
+        }
     }
 
     /// Only what is durable on the target is confirmed to the source.

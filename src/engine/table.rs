@@ -1,5 +1,6 @@
 //! Tables as of a position.
 
+use super::structure::Structure;
 use std::fmt;
 use std::sync::Arc;
 
@@ -89,6 +90,8 @@ pub struct MappedTable {
     pub estimated_rows: u64,
     /// Size of the heap in the source's blocks, from the file and not from statistics; 0 for a partitioned table's root.
     pub blocks: u64,
+    /// What a table that is made on the target gets besides its columns.
+    pub structure: Arc<Structure>,
 }
 
 impl MappedTable {

@@ -90,6 +90,13 @@ pub struct Snapshot {
     #[schemars(range(min = 1, max = 64))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workers_per_table: Option<i32>,
+    /// Give tables that the worker makes the source's indexes, unique and exclusion constraints, after the rows. The primary
+    /// key always comes.
+    #[serde(default = "yes")]
+    pub indexes: bool,
+    /// Give tables that the worker makes the source's foreign keys to other tables of this Mirror, when all follow the stream.
+    #[serde(default = "yes")]
+    pub foreign_keys: bool,
 }
 fn yes() -> bool {
     true
@@ -120,6 +127,11 @@ pub struct Stream {
     #[schemars(range(min = 0, max = 600_000))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_delay_milliseconds: Option<i32>,
+    /// Connections to the target on which changes are applied; 2 when absent. Batches that have no row in common are written
+    /// side by side and committed in the order of the source.
+    #[schemars(range(min = 1, max = 16))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub apply_connections: Option<i32>,
 }
 
 /// What happens outside the cluster when the Mirror is deleted.

@@ -78,6 +78,12 @@ pub struct MirrorStatus {
     /// Lag in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_seconds: Option<i64>,
+    /// Median time in milliseconds from the source's commit to the target's, over the last one to two minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_p50_milliseconds: Option<i64>,
+    /// The time in milliseconds that 99 of 100 transactions have kept, over the last one to two minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_p99_milliseconds: Option<i64>,
     /// Tables by state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tables: Option<TableCounts>,

@@ -156,6 +156,8 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     // Without a session nobody looks at the source: an old lag would look like a level one.
     let connected = matches!(facts.state, State::Running | State::Stopping(_));
     let clean = |text: String| facts.redactor.clean(&text);
+    let latency = |share| view.latency.percentile(share, Instant::now()).map(milliseconds).filter(|_| connected);
+    let (latency_p50_milliseconds, latency_p99_milliseconds) = (latency(0.5), latency(0.99));
     let load = Some(view.load).filter(|_| connected);
     let bytes = |count: fn(&LogLoad) -> u64| load.as_ref().map(count);
     let table_errors = view.table_errors.into_iter().take(TABLE_ERRORS);
@@ -173,6 +175,8 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         confirmed: view.confirmed,
         lag_bytes: view.lag_bytes.filter(|_| connected),
         lag_seconds: view.lag_seconds.filter(|_| connected),
+        latency_p50_milliseconds,
+        latency_p99_milliseconds,
         tables: view.tables.into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
         table_errors: table_errors.map(|(table, why)| (table, clean(why))).collect(),
         rows_copied: view.rows_copied,
@@ -188,6 +192,11 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         notice: load.as_ref().and_then(|load| load.notice.as_ref()).map(notice),
         error: failure(facts),
     }
+}
+
+/// Rounded up.
+fn milliseconds(latency: Duration) -> u64 {
+    u64::try_from(latency.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
 }
 
 fn notice(notice: &roles::Notice) -> Notice {

@@ -149,6 +149,16 @@ pub struct SnapshotSpec {
     pub tables_in_parallel: usize,
     /// Ranges of one table at a time.
     pub workers_per_table: usize,
+    /// Give tables that are made the source's indexes. Not written when it is so, as in documents of older operators.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub indexes: bool,
+    /// Give tables that are made the source's foreign keys.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub foreign_keys: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Batches, defaults filled in.
@@ -161,6 +171,14 @@ pub struct StreamSpec {
     pub max_batch_bytes: usize,
     /// How long a batch may wait for more.
     pub max_delay_milliseconds: u64,
+    /// Connections to the target that changes are applied on.
+    #[serde(default = "apply_connections")]
+    pub apply_connections: usize,
+}
+
+/// What a document of an older operator leaves out.
+fn apply_connections() -> usize {
+    2
 }
 
 /// What the worker does, in one word.
@@ -219,6 +237,13 @@ pub struct Status {
     /// Seconds since the commit time of the last transaction applied while something is waiting; 0 when level.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_seconds: Option<u64>,
+    /// Median time from the source's commit to the target's, over the transactions and heartbeats of the last one to two
+    /// minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_p50_milliseconds: Option<u64>,
+    /// The time that 99 of 100 have kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_p99_milliseconds: Option<u64>,
     /// Number of tables per state.
     pub tables: BTreeMap<String, u32>,
     /// Tables in state Error, by name, with the reason; at most 20.
@@ -325,8 +350,15 @@ pub(crate) mod tests {
                 rows_per_partition: 250_000,
                 tables_in_parallel: 4,
                 workers_per_table: 4,
+                indexes: true,
+                foreign_keys: true,
             },
-            stream: StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16 * 1024 * 1024, max_delay_milliseconds: 50 },
+            stream: StreamSpec {
+                max_batch_rows: 100_000,
+                max_batch_bytes: 16 * 1024 * 1024,
+                max_delay_milliseconds: 50,
+                apply_connections: 2,
+            },
             suspend: false,
             public_keys: Vec::new(),
         }

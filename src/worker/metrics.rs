@@ -4,10 +4,11 @@ use super::board::{Board, Facts};
 use super::contract::Phase;
 use super::supervise::State;
 use crate::engine::error::reason;
+use crate::engine::latency::Latency;
 use crate::engine::progress::View;
 use crate::engine::roles::LogLoad;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -81,6 +82,7 @@ fn encode_session(out: &mut Output<'_>, view: &View) -> fmt::Result {
     out.counters("rows", "Rows written from the stream, by operation", "op", &rows)?;
     out.counter("batches", "Batches applied", view.batches)?;
     out.counter("bytes_applied", "Bytes of the batches applied", view.bytes_applied)?;
+    out.histogram("latency_seconds", "From the source's commit to the target's, by transaction", &view.latency)?;
     out.gauge("rows_copied", "Rows that the initial copies have brought", view.rows_copied)?;
     out.gauge("rows_to_copy", "Rows to copy, by the source's statistics", view.rows_to_copy)?;
     out.gauge("epoch", "Epoch of the claim; 0 before", view.epoch.unsigned_abs())?;
@@ -146,6 +148,13 @@ impl Output<'_> {
         metric.encode(encoder)
     }
 
+    fn histogram(&mut self, name: &str, help: &str, latency: &Latency) -> fmt::Result {
+        let classes = latency.classes();
+        let count = classes.iter().map(|(_, count)| count).sum();
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        encoder.encode_histogram::<NoLabelSet>(latency.sum().as_secs_f64(), count, &classes, None)
+    }
+
     fn counters(&mut self, name: &str, help: &str, label: &str, values: &[(&str, u64)]) -> fmt::Result {
         let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (value, count) in values {
@@ -188,6 +197,9 @@ mod tests {
             "sluice_worker_failures_total{class=\"Retry\"} 1",
             "sluice_worker_rows_total{op=\"insert\"} 0",
             "sluice_worker_batches_total 0",
+            "sluice_worker_latency_seconds_count 0",
+            "sluice_worker_latency_seconds_bucket{le=\"0.001\"} 0",
+            "sluice_worker_latency_seconds_bucket{le=\"+Inf\"} 0",
             "# EOF",
         ] {
             assert_eq!(text.lines().filter(|found| *found == line).count(), 1, "{line}\n{text}");

@@ -58,12 +58,14 @@ fn snapshot(spec: &SnapshotSpec) -> Result<SnapshotConfig> {
         rows_per_range: spec.rows_per_partition,
         tables_in_parallel: spec.tables_in_parallel,
         workers_per_table: spec.workers_per_table,
+        indexes: spec.indexes,
+        foreign_keys: spec.foreign_keys,
     })
 }
 
 fn limits(spec: &StreamSpec) -> Result<BatchLimits> {
-    if spec.max_batch_rows == 0 || spec.max_batch_bytes == 0 {
-        return Err(invalid("stream: maxBatchRows and maxBatchBytes are at least 1"));
+    if spec.max_batch_rows == 0 || spec.max_batch_bytes == 0 || spec.apply_connections == 0 {
+        return Err(invalid("stream: maxBatchRows, maxBatchBytes and applyConnections are at least 1"));
     }
     Ok(BatchLimits { rows: spec.max_batch_rows, bytes: spec.max_batch_bytes, delay: Duration::from_millis(spec.max_delay_milliseconds) })
 }
@@ -130,12 +132,13 @@ mod tests {
 
     #[test]
     fn contradictions_need_a_human() {
-        let changes: [fn(&mut Desired); 5] = [
+        let changes: [fn(&mut Desired); 6] = [
             |desired| desired.tables = None,
             |desired| desired.schemas = Some(Vec::new()),
             |desired| desired.snapshot.tables_in_parallel = 0,
             |desired| desired.stream.max_batch_bytes = 0,
             |desired| desired.stream.max_batch_rows = 0,
+            |desired| desired.stream.apply_connections = 0,
         ];
         for change in changes {
             let mut desired = desired(1);

@@ -89,6 +89,7 @@ pub fn mapped(id: u32, name: &str, schema: &str, columns: &[&str]) -> MappedTabl
         primary_key,
         estimated_rows: 0,
         blocks: 0,
+        structure: Arc::default(),
     }
 }
 

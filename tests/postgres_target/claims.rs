@@ -75,7 +75,7 @@ async fn the_epoch_fences_where_backends_may_not_be_ended() {
         .await
         .expect_err("fenced");
     assert_eq!(error.class, Class::Fenced);
-    assert_eq!(old_target.finish(&claim("s", 1), &items).await.expect_err("fenced").class, Class::Fenced);
+    assert_eq!(old_target.finish(&claim("s", 1), &items, &[], BUILDERS, &|_| ()).await.expect_err("fenced").class, Class::Fenced);
 
     new.prepare(std::slice::from_ref(&items)).await.expect("prepared");
     apply(&mut new, inserts(&items, 0..2).committed(40)).await.expect("applied");

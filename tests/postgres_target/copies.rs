@@ -56,7 +56,7 @@ async fn a_table_is_made_copied_and_finished() {
     assert_eq!(done, [0, 1, 2]);
     applier.set_state(&items, TableState::Copied, None).await.expect("a state");
     for _ in 0..2 {
-        target.finish(&claimed.claim, &items).await.expect("finished");
+        target.finish(&claimed.claim, &items, &[], BUILDERS, &|_| ()).await.expect("finished");
     }
     let keys =
         admin.query("SELECT conname, contype::text FROM pg_constraint WHERE conrelid = 'shop.items'::regclass", &[]).await.expect("keys");

@@ -7,6 +7,7 @@ mod support;
 
 mod claims;
 mod copies;
+mod parallel;
 mod refusals;
 mod writes;
 
@@ -28,6 +29,9 @@ use tokio_postgres::Client;
 fn target(endpoint: Endpoint) -> PostgresTarget {
     PostgresTarget::new(endpoint, owner("a"))
 }
+
+/// What follows the rows is made by one session.
+const BUILDERS: sluice::engine::roles::Builders = sluice::engine::roles::Builders { per_table: 1, tables: 1 };
 
 /// The server that most tests share, each with a database of its own; the last one to end stops it.
 fn server() -> Arc<Postgres> {
@@ -53,12 +57,15 @@ async fn database(server: &Postgres, name: &str) -> (Client, Endpoint) {
 
 /// A claimed stream with a checkpoint and prepared tables, which are made here.
 async fn stream(endpoint: Endpoint, slot: &str, tables: &[MappedTable]) -> (PostgresTarget, PostgresApplier) {
-    let target = target(endpoint);
+    stream_of(target(endpoint), slot, tables).await
+}
+
+async fn stream_of(target: PostgresTarget, slot: &str, tables: &[MappedTable]) -> (PostgresTarget, PostgresApplier) {
     let (claimed, mut applier) = target.claim(&key(slot), &owner("a"), None).await.expect("a claim");
     applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
     for table in tables {
         applier.begin_copy(table, false).await.expect("a copy");
-        target.finish(&claimed.claim, table).await.expect("keys");
+        target.finish(&claimed.claim, table, &[], BUILDERS, &|_| ()).await.expect("keys");
         applier.set_state(table, TableState::Ready, None).await.expect("a state");
     }
     applier.prepare(tables).await.expect("prepared");

@@ -1,6 +1,7 @@
 //! What is refused before anything is written.
 
 use super::*;
+use sluice::engine::structure::{Need, Structure};
 
 #[tokio::test]
 async fn what_can_not_work_is_refused_with_its_cure() {
@@ -46,11 +47,18 @@ async fn what_can_not_work_is_refused_with_its_cure() {
     let looped = std::slice::from_ref(&looped);
     refused(as_b.check(&elsewhere, looped, &[fed(&here.system_identifier)]).await, reason::TARGET_IS_MIRRORED, "team/a");
     as_b.check(&elsewhere, looped, &[fed("another")]).await.expect("fed by another server's table of that name");
-    refused(
-        as_a.check(&elsewhere, &[mapped(2, "x", "n", &["!id int4", "m public.mood"])], &[]).await,
-        reason::TYPE_MISSING,
-        "CREATE TYPE \"public\".\"mood\"",
-    );
+    let mut moods = mapped(2, "x", "n", &["!id int4", "m public.mood"]);
+    refused(as_a.check(&elsewhere, std::slice::from_ref(&moods), &[]).await, reason::TYPE_MISSING, "can't make table n.x");
+    let mood = Need {
+        kind: "type".into(),
+        names: vec!["public.mood".into()],
+        arguments: Vec::new(),
+        schema: Some("public".into()),
+        extension: None,
+        cure: "CREATE TYPE public.mood AS ENUM ('ok')".into(),
+    };
+    moods.structure = Arc::new(Structure { needs: vec![mood], ..Structure::default() });
+    refused(as_a.check(&elsewhere, &[moods], &[]).await, reason::TYPE_MISSING, "run there: CREATE TYPE public.mood AS ENUM ('ok')");
 
     admin
         .batch_execute("CREATE SCHEMA own; CREATE TABLE own.t (id int4 PRIMARY KEY, v varchar(5)); CREATE VIEW own.view AS SELECT 1 AS id")
@@ -107,6 +115,20 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         .await
         .expect("a child");
     refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await, reason::TARGET_TABLE_INCOMPATIBLE, "child_t_fkey");
+    // What only a partition has fires too.
+    admin
+        .batch_execute(
+            "DROP TABLE own.child; ALTER TABLE own.t RENAME TO old; CREATE TABLE own.t (LIKE own.old) PARTITION BY RANGE (id);
+             CREATE TABLE own.low PARTITION OF own.t FOR VALUES FROM (0) TO (9); GRANT ALL ON own.t TO writer_checks",
+        )
+        .await
+        .expect("a partition");
+    as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("nothing that fires");
+    admin
+        .batch_execute("CREATE TRIGGER swallow_low BEFORE INSERT ON own.low FOR EACH ROW EXECUTE FUNCTION own.f()")
+        .await
+        .expect("a trigger");
+    refused(as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await, reason::TARGET_TABLE_INCOMPATIBLE, "swallow_low");
     admin.batch_execute("GRANT SET ON PARAMETER session_replication_role TO writer_checks").await.expect("a grant");
     as_writer.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
 

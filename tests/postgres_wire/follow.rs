@@ -287,6 +287,7 @@ pub async fn mapped(client: &tokio_postgres::Client, table: &str) -> MappedTable
         primary_key_name: None,
         estimated_rows: 0,
         blocks: 0,
+        structure: Arc::default(),
     }
 }
 

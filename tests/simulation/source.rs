@@ -10,6 +10,7 @@ use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::roles::{
     BatchLimits, BulkFormat, BulkStream, ChangeLog, Fed, LogState, Range, Selection, Snapshot, Source, SourceIdentity,
 };
+use sluice::engine::structure::SequenceValue;
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::fmt::Write as _;
 use std::sync::{Arc, LazyLock};
@@ -58,6 +59,7 @@ fn mapped(table: usize) -> MappedTable {
         primary_key_name: None,
         estimated_rows: 8,
         blocks: 4,
+        structure: Arc::default(),
     }
 }
 
@@ -186,6 +188,10 @@ impl Source for SimSource {
             history.mark(dice);
         }
         self.0.strike(Point::Mark, Moment::After).await
+    }
+
+    async fn sequence_values(&self, _: &MappedTable) -> Result<Vec<SequenceValue>> {
+        Ok(Vec::new())
     }
 
     fn waiting(&self) -> Option<String> {

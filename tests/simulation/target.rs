@@ -11,8 +11,10 @@ use futures::TryStreamExt as _;
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::roles::{
-    BulkFormat, BulkStream, Checkpoint, Claim, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, TableCheckpoint, Target,
+    Builders, BulkFormat, BulkStream, Checkpoint, Claim, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, TableCheckpoint, Target,
+    Tell,
 };
+use sluice::engine::structure::SequenceValue;
 use sluice::engine::table::{MappedTable, TableState};
 
 /// How often a claim looks whether the checkpoint's row is free before it gives up.
@@ -175,8 +177,12 @@ impl Target for SimTarget {
         Ok(count)
     }
 
-    async fn finish(&self, claim: &Claim, _: &MappedTable) -> Result<()> {
+    async fn finish(&self, claim: &Claim, _: &MappedTable, _: &[SequenceValue], _: Builders, _: Tell<'_>) -> Result<()> {
         Connection::open(&self.0).transaction(Point::Finish, claim.epoch, None, true, Box::new(|_| Ok(()))).await
+    }
+
+    async fn relate(&self, _: &Claim, _: &[MappedTable], _: Tell<'_>) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
 }
 

@@ -126,6 +126,8 @@ fn config(tables: &[usize]) -> StreamConfig {
             rows_per_range: 4,
             tables_in_parallel: 2,
             workers_per_table: 2,
+            indexes: true,
+            foreign_keys: true,
         },
         limits: BatchLimits { rows: 4, bytes: 1 << 20, delay: Duration::ZERO },
     }

@@ -57,8 +57,10 @@ pub fn desired(source: (&Postgres, &str), target: (&Postgres, &str), tables: &[&
             rows_per_partition: 2000,
             tables_in_parallel: 2,
             workers_per_table: 2,
+            indexes: true,
+            foreign_keys: true,
         },
-        stream: StreamSpec { max_batch_rows: 1000, max_batch_bytes: 1 << 20, max_delay_milliseconds: 5 },
+        stream: StreamSpec { max_batch_rows: 1000, max_batch_bytes: 1 << 20, max_delay_milliseconds: 5, apply_connections: 2 },
         suspend: false,
         public_keys: vec![key.public_key_base64()],
     }

@@ -158,6 +158,8 @@ fn the_status_document_is_as_written_down() {
         confirmed: Some("0/10".to_owned()),
         lag_bytes: Some(16),
         lag_seconds: Some(1),
+        latency_p50_milliseconds: Some(4),
+        latency_p99_milliseconds: Some(12),
         tables: [("Ready".to_owned(), 1), ("Error".to_owned(), 1)].into(),
         table_errors: [("public.log".to_owned(), "LeftPublication".to_owned())].into(),
         rows_copied: 10,
@@ -182,7 +184,7 @@ fn the_status_document_is_as_written_down() {
     let full = json!({
         "contract": 1, "version": "0.1.0", "generation": 3, "pod": "users-0", "phase": "CatchingUp", "epoch": 2,
         "slot": "sluice_users", "publication": "sluice_users",
-        "received": "0/30", "applied": "0/20", "confirmed": "0/10", "lagBytes": 16, "lagSeconds": 1,
+        "received": "0/30", "applied": "0/20", "confirmed": "0/10", "lagBytes": 16, "lagSeconds": 1, "latencyP50Milliseconds": 4, "latencyP99Milliseconds": 12,
         "tables": {"Ready": 1, "Error": 1}, "tableErrors": {"public.log": "LeftPublication"},
         "rowsCopied": 10, "rowsToCopy": 20, "rowsStreamed": 30, "snapshotCompleted": true, "streaming": false,
         "applyMode": "Replica", "waiting": "pid 7", "logMemoryBytes": 1, "spillBytes": 2, "spillLimitBytes": 3,

@@ -133,7 +133,7 @@ impl PostgresApplier {
 
     async fn begin_copy_inside(&self, table: &MappedTable, truncate: bool) -> Result<i64> {
         let session = self.session();
-        ddl::create_missing(session, table).await?;
+        let made = ddl::create_missing(session, table).await?;
         let known = self.claim.known_table(session, table).await?;
         if ddl::has_rows(session, &table.target).await? {
             // Rows of an earlier copy by this very stream that was not finished are its own.
@@ -147,7 +147,7 @@ impl PostgresApplier {
             }
             ddl::truncate(session, &table.target).await?;
         }
-        self.claim.begin_table(session, table).await
+        self.claim.begin_table(session, table, made).await
     }
 
     /// Begins to write a part as soon as it may.

@@ -13,6 +13,7 @@ pub(super) mod claim;
 pub(super) mod schema;
 
 use super::lsn::Lsn;
+use super::sql::qualified;
 use super::target::failed;
 use crate::engine::error::{Class, Error, Result, reason};
 pub(super) use crate::engine::roles::Claim;
@@ -129,18 +130,47 @@ impl Claim {
         row.map(|row| Ok(KnownTable { state: parse_state(row.get(0))?, generation: row.get(1) })).transpose()
     }
 
-    /// Writes a table as beginning its next copy; ranges of earlier ones are forgotten. Returns the generation.
-    pub(super) async fn begin_table(&self, client: &Client, table: &MappedTable) -> Result<i64> {
+    /// Whether the target table is one that this stream has made.
+    pub(super) async fn has_made(&self, client: &Client, table: &MappedTable) -> Result<bool> {
+        let (key, source) = (&self.key, table.source());
+        let row = client
+            .query_one(
+                "SELECT EXISTS (SELECT FROM _sluice.tables WHERE system_identifier = $1 AND database = $2 AND slot = $3
+                   AND source_schema = $4 AND source_table = $5 AND made = to_regclass($6)::oid)",
+                &[&key.system_identifier, &key.database, &key.slot, &source.schema, &source.name, &qualified(&table.target)],
+            )
+            .await
+            .map_err(failed("look who has made the target table"))?;
+        Ok(row.get(0))
+    }
+
+    /// Tables that follow the stream.
+    pub(super) async fn ready_tables(&self, client: &Client) -> Result<Vec<QualifiedName>> {
+        let key = &self.key;
+        let rows = client
+            .query(
+                "SELECT source_schema, source_table FROM _sluice.tables
+                 WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND state = $4",
+                &[&key.system_identifier, &key.database, &key.slot, &TableState::Ready.as_str()],
+            )
+            .await
+            .map_err(failed("read the checkpoint"))?;
+        Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
+    }
+
+    /// Writes a table as beginning its next copy; ranges of earlier ones are forgotten. `made`: the target table's OID when
+    /// it was made in this transaction. Returns the generation.
+    pub(super) async fn begin_table(&self, client: &Client, table: &MappedTable, made: Option<u32>) -> Result<i64> {
         self.own_target(client, table).await?;
         let (key, source, target) = (&self.key, table.source(), &table.target);
         let row = client
             .query_one(
                 "INSERT INTO _sluice.tables AS known (system_identifier, database, slot, source_schema, source_table,
-                                                      target_schema, target_table, state, generation, columns)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9)
+                                                      target_schema, target_table, state, generation, columns, made)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10)
                  ON CONFLICT (system_identifier, database, slot, source_schema, source_table) DO UPDATE
                  SET target_schema = $6, target_table = $7, state = $8, generation = known.generation + 1,
-                     position = NULL, rows_copied = 0, columns = $9, updated_at = now()
+                     position = NULL, rows_copied = 0, columns = $9, made = coalesce($10, known.made), updated_at = now()
                  RETURNING generation",
                 &[
                     &key.system_identifier,
@@ -152,6 +182,7 @@ impl Claim {
                     &target.name,
                     &TableState::Copying.as_str(),
                     &table.signature(),
+                    &made,
                 ],
             )
             .await

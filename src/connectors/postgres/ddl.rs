@@ -1,16 +1,18 @@
 //! Target tables: made from what the source has, or looked at when they are there already.
 //!
-//! A table that Sluice makes has the source's columns with their types, NOT NULL, collations and generated columns; no
-//! defaults, no identity, no indexes. Its key is built after the data ([`finish`]). A table that is there is never
-//! altered, but for that key.
+//! A table that Sluice makes has the source's columns with their types, NOT NULL, collations, generated columns and storage.
+//! What else the source's has comes after the data ([`structure`]). A table that is there is never altered, but for its
+//! key ([`finish`]).
 
+pub(super) mod build;
 mod compatible;
 mod describe;
-mod types;
+mod needs;
+pub(super) mod structure;
 
 pub(super) use compatible::check_compatible;
 pub(super) use describe::{Equality, TargetTable, describe};
-pub(super) use types::check_types;
+pub(super) use needs::check_needs;
 
 use super::lsn::Lsn;
 use super::sql::{qualified, quote_ident};
@@ -23,21 +25,19 @@ use tokio_postgres::Client;
 /// How long a statement waits for a lock on a target table before it gives way and is tried again.
 pub(super) const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '30s'";
 
-/// Makes schema and table where they are missing.
-pub(super) async fn create_missing(client: &Client, table: &MappedTable) -> Result<()> {
+/// Makes schema and table where they are missing. The OID of a table that was made.
+pub(super) async fn create_missing(client: &Client, table: &MappedTable) -> Result<Option<u32>> {
     if describe(client, &table.target).await?.is_some() {
-        return Ok(());
+        return Ok(None);
     }
-    let schema = client
-        .query_one("SELECT to_regnamespace($1) IS NOT NULL", &[&quote_ident(&table.target.schema)])
-        .await
-        .map_err(failed("look for the target schema"))?;
-    // IF NOT EXISTS alone would ask for the right to create schemas even where it is there.
-    if !schema.get::<_, bool>(0) {
-        let sql = format!("CREATE SCHEMA IF NOT EXISTS {}", quote_ident(&table.target.schema));
+    structure::create_schema(client, &table.target.schema).await?;
+    client.batch_execute(&create_table(table)).await.map_err(failed(format!("create target table {}", table.target)))?;
+    if let Some(sql) = build::storage(table) {
         client.batch_execute(&sql).await.map_err(failed(&sql))?;
     }
-    client.batch_execute(&create_table(table)).await.map_err(failed(format!("create target table {}", table.target)))
+    let sql = "SELECT to_regclass($1)::oid";
+    let row = client.query_one(sql, &[&qualified(&table.target)]).await.map_err(failed("look for the target table"))?;
+    Ok(Some(row.get(0)))
 }
 
 /// The statement that makes a target table.

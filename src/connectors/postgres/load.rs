@@ -6,7 +6,6 @@
 
 use super::checkpoint::{Claim, claim::loader_name};
 use super::connect::Session;
-use super::ddl;
 use super::sql::{qualified, quote_ident, quote_literal};
 use super::statements::copy_in;
 use super::target::{choose_mode, failed};
@@ -53,20 +52,8 @@ pub(super) async fn load(
     Ok(loaded)
 }
 
-/// Builds a table's key and statistics. The session ends with it.
-pub(super) async fn finish(session: &Session, claim: &Claim, table: &MappedTable) -> Result<()> {
-    set_up(session, claim).await?;
-    session
-        .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on")
-        .await
-        .map_err(failed("begin a transaction"))?;
-    ddl::finish(session, table).await?;
-    claim.check(session).await?;
-    session.batch_execute("COMMIT").await.map_err(failed("commit the key"))
-}
-
 /// Gives the session the name by which a later claim finds and ends it.
-async fn set_up(session: &Session, claim: &Claim) -> Result<ApplyMode> {
+pub(super) async fn set_up(session: &Session, claim: &Claim) -> Result<ApplyMode> {
     let sql = format!("SET application_name = {}", quote_literal(&loader_name(&claim.key)));
     session.batch_execute(&sql).await.map_err(failed("set up the session"))?;
     choose_mode(session).await

@@ -15,6 +15,7 @@ use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
+use crate::engine::structure::SequenceValue;
 use crate::engine::table::{MappedTable, QualifiedName};
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
@@ -260,6 +261,13 @@ impl Source for PostgresSource {
         answer(Side::Source, "write a marker", session.batch_execute(&mark)).await?;
         self.keep(session);
         Ok(())
+    }
+
+    async fn sequence_values(&self, table: &MappedTable) -> Result<Vec<SequenceValue>> {
+        let session = self.session().await?;
+        let values = catalog::structure::sequence_values(&session, table).await?;
+        self.keep(session);
+        Ok(values)
     }
 
     fn waiting(&self) -> Option<String> {

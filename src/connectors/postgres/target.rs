@@ -8,12 +8,17 @@ use super::connect::{Session, Side, connect};
 use super::ddl;
 use super::endpoint::Endpoint;
 use super::errors::classify;
+use super::finish;
 use super::load;
 use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
+use super::relate;
 use super::session::UNLIMITED;
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::roles::{ApplyMode, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target};
+use crate::engine::roles::{
+    ApplyMode, Builders, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target, Tell,
+};
+use crate::engine::structure::SequenceValue;
 use crate::engine::table::{Column, MappedTable};
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
@@ -64,7 +69,7 @@ impl PostgresTarget {
         Ok((session, pid, mode))
     }
 
-    async fn session(&self, application_name: &str) -> Result<Session> {
+    pub(super) async fn session(&self, application_name: &str) -> Result<Session> {
         let session = connect(&self.endpoint, Side::Target, application_name).await?;
         within(CHECK_LIMIT, "set up the session", async { session.query(UNLIMITED, &[]).await.map_err(failed("set up the session")) })
             .await?;
@@ -78,12 +83,16 @@ impl Target for PostgresTarget {
 
     async fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> Result<()> {
         let session = self.session("sluice check").await?;
-        within(CHECK_LIMIT, "check the target", async {
+        let to_make = within(CHECK_LIMIT, "check the target", async {
             check_writable(&session).await?;
             let mode = choose_mode(&session).await?;
             check::check(&session, &self.endpoint, &self.owner, &check::Mapping { source, tables, fed }, mode).await
         })
-        .await
+        .await?;
+        for table in to_make {
+            within(CHECK_LIMIT, "rehearse the making of a table", ddl::structure::rehearse(&session, table)).await?;
+        }
+        Ok(())
     }
 
     async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, PostgresApplier)> {
@@ -126,9 +135,13 @@ impl Target for PostgresTarget {
         load::load(&session, claim, table, generation, range, format, rows).await
     }
 
-    async fn finish(&self, claim: &Claim, table: &MappedTable) -> Result<()> {
+    async fn finish(&self, claim: &Claim, table: &MappedTable, values: &[SequenceValue], builders: Builders, tell: Tell<'_>) -> Result<()> {
+        finish::finish(&finish::Finishing { target: self, claim, table, builders, tell }, values).await
+    }
+
+    async fn relate(&self, claim: &Claim, tables: &[MappedTable], tell: Tell<'_>) -> Result<Vec<String>> {
         let session = self.session("").await?;
-        load::finish(&session, claim, table).await
+        relate::relate(&session, claim, tables, &self.endpoint.username, tell).await
     }
 }
 

@@ -219,11 +219,13 @@ fn findings(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) ->
 }
 
 fn ready(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Finding {
-    let notice = facts.observed.worker.status().and_then(|status| status.notice.as_ref());
+    let status = facts.observed.worker.status();
+    let notice = status.and_then(|status| status.notice.as_ref());
+    let aside = status.and_then(|status| status.waiting.as_ref()).map(|aside| format!("; {aside}")).unwrap_or_default();
     match situation {
         Situation::Suspended => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
         Situation::Streaming => match notice {
-            None => Finding::yes(kind::READY, reason::STREAMING, "every table follows the stream"),
+            None => Finding::yes(kind::READY, reason::STREAMING, format!("every table follows the stream{aside}")),
             Some(notice) => Finding::yes(kind::READY, documented(&notice.reason), notice.message.clone()),
         },
         // It streams on, as far as anybody knows.
@@ -410,6 +412,8 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         lag: text::lag(said.lag_bytes, said.lag_seconds),
         lag_bytes: said.lag_bytes.map(signed),
         lag_seconds: said.lag_seconds.map(signed),
+        latency_p50_milliseconds: said.latency_p50_milliseconds.map(signed),
+        latency_p99_milliseconds: said.latency_p99_milliseconds.map(signed),
         tables: tables(&said.tables).or(status.tables),
         rows_copied: Some(signed(said.rows_copied)),
         rows_streamed: Some(signed(said.rows_streamed)),

@@ -179,6 +179,8 @@ fn snapshot(spec: &MirrorSpec) -> Result<SnapshotSpec, Problem> {
         rows_per_partition: number(given.and_then(|given| given.rows_per_partition), 250_000),
         tables_in_parallel: knob(|given| given.tables_in_parallel),
         workers_per_table: knob(|given| given.workers_per_table),
+        indexes: given.is_none_or(|given| given.indexes),
+        foreign_keys: given.is_none_or(|given| given.foreign_keys),
     })
 }
 
@@ -188,6 +190,7 @@ fn stream(spec: &MirrorSpec) -> StreamSpec {
         max_batch_rows: number(given.and_then(|given| given.max_batch_rows), 100_000),
         max_batch_bytes: number(given.and_then(|given| given.max_batch_bytes), 16_777_216),
         max_delay_milliseconds: number(given.and_then(|given| given.max_delay_milliseconds), 5),
+        apply_connections: number(given.and_then(|given| given.apply_connections), 2),
     }
 }
 
@@ -239,10 +242,15 @@ pub(super) mod tests {
                 start_position: None,
                 rows_per_partition: 250_000,
                 tables_in_parallel: 4,
-                workers_per_table: 4
+                workers_per_table: 4,
+                indexes: true,
+                foreign_keys: true,
             }
         );
-        assert_eq!(valid.stream, StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16_777_216, max_delay_milliseconds: 5 });
+        assert_eq!(
+            valid.stream,
+            StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16_777_216, max_delay_milliseconds: 5, apply_connections: 2 }
+        );
         let schemas = check(json!({"schemas": [{"name": "sales"}]})).expect("valid").schemas.expect("schemas");
         assert_eq!(schemas[0].target, "sales");
     }
@@ -251,13 +259,13 @@ pub(super) mod tests {
     fn what_is_given_wins() {
         let valid = check(json!({
             "tables": [{"name": "users"}],
-            "snapshot": {"existingRows": "Truncate", "rowsPerPartition": 1000, "tablesInParallel": 1, "workersPerTable": 2},
-            "stream": {"maxBatchRows": 7, "maxBatchBytes": 65536, "maxDelayMilliseconds": 0},
+            "snapshot": {"existingRows": "Truncate", "rowsPerPartition": 1000, "tablesInParallel": 1, "workersPerTable": 2, "indexes": false, "foreignKeys": false},
+            "stream": {"maxBatchRows": 7, "maxBatchBytes": 65536, "maxDelayMilliseconds": 0, "applyConnections": 4},
         }))
         .expect("valid");
-        assert!(valid.snapshot.truncate);
+        assert!(valid.snapshot.truncate && !valid.snapshot.indexes && !valid.snapshot.foreign_keys);
         assert_eq!((valid.snapshot.rows_per_partition, valid.snapshot.tables_in_parallel, valid.snapshot.workers_per_table), (1000, 1, 2));
-        assert_eq!(valid.stream, StreamSpec { max_batch_rows: 7, max_batch_bytes: 65536, max_delay_milliseconds: 0 });
+        assert_eq!(valid.stream, StreamSpec { max_batch_rows: 7, max_batch_bytes: 65536, max_delay_milliseconds: 0, apply_connections: 4 });
     }
 
     #[test]

@@ -221,7 +221,7 @@ const COLUMNS: &str = "SELECT a.attrelid AS id, a.attname::text AS name, a.attty
     LEFT JOIN pg_namespace cn ON cn.oid = co.collnamespace
     WHERE a.attrelid = ANY($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum";
 
-async fn query(session: &Session, what: &str, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+pub(super) async fn query(session: &Session, what: &str, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
     answer(Side::Source, what, session.query(statement, parameters)).await
 }
 

@@ -1,10 +1,11 @@
 //! Tables as the source's catalog has them, and whether they can be followed.
 //!
 //! Two steps: [`facts`] reads everything that matters in four statements, [`rules`] decides without I/O. The same two steps run
-//! again under a lock when tables come into the publication.
+//! again under a lock when tables come into the publication. [`structure`] reads what else a table has, for targets to make.
 
 pub(super) mod facts;
 pub(super) mod rules;
+pub(super) mod structure;
 
 use super::connect::Session;
 use super::sql::quote_ident;
@@ -24,7 +25,9 @@ pub async fn tables(session: &Session, server: &Server, selection: &Selection) -
         Selection::Tables(tables) => by_name(session, tables).await?,
         Selection::Schemas(schemas) => by_schema(session, schemas).await?,
     };
-    chosen.iter().map(|(relation, wish)| rules::map(relation, wish, server)).collect()
+    let mut tables = chosen.iter().map(|(relation, wish)| rules::map(relation, wish, server)).collect::<Result<Vec<_>>>()?;
+    structure::read(session, &mut tables).await?;
+    Ok(tables)
 }
 
 async fn by_name(session: &Session, tables: &[TableSelection]) -> Result<Vec<(Relation, Wish)>> {

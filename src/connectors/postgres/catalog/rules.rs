@@ -253,6 +253,7 @@ fn mapped(relation: &Relation, wish: &Wish, key: &Key) -> MappedTable {
         primary_key_name: primary_key.and_then(|key| key.name.clone()),
         estimated_rows: relation.estimated_rows,
         blocks: relation.blocks,
+        structure: Arc::default(),
     }
 }
 

@@ -44,6 +44,7 @@ const CREATE: &str = "
         position text,
         rows_copied bigint NOT NULL DEFAULT 0,
         columns text NOT NULL,
+        made oid,
         updated_at timestamptz NOT NULL DEFAULT now(),
         PRIMARY KEY (system_identifier, database, slot, source_schema, source_table)
     ) WITH (fillfactor = 50);
@@ -61,13 +62,17 @@ const CREATE: &str = "
     );
     INSERT INTO _sluice.version SELECT 1 WHERE NOT EXISTS (SELECT FROM _sluice.version);";
 
+/// What has come since the schema was first made. Older builds do not mind it, so that its version stays.
+const ADDITIONS: &str = "ALTER TABLE _sluice.tables ADD COLUMN IF NOT EXISTS made oid";
+
 /// Makes the schema when it is missing.
 ///
 /// # Errors
 /// `ServerUnsupported` when a newer build has made it.
 pub(in super::super) async fn ensure(client: &Client) -> Result<()> {
     if let Some(version) = version(client).await? {
-        return check(version);
+        check(version)?;
+        return add_missing(client).await;
     }
     let sql = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATION_LOCK}); {CREATE} COMMIT;");
     if let Err(error) = client.batch_execute(&sql).await {
@@ -78,6 +83,15 @@ pub(in super::super) async fn ensure(client: &Client) -> Result<()> {
         Some(version) => check(version),
         None => Err(Error::bug("schema _sluice has no version after its creation")),
     }
+}
+
+async fn add_missing(client: &Client) -> Result<()> {
+    let sql = "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = '_sluice.tables'::regclass AND attname = 'made')";
+    let row = client.query_one(sql, &[]).await.map_err(failed("look at schema _sluice"))?;
+    if row.get(0) {
+        return Ok(());
+    }
+    client.batch_execute(ADDITIONS).await.map_err(failed("add to schema _sluice"))
 }
 
 /// Whether the schema is there.

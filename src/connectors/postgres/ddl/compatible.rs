@@ -162,6 +162,7 @@ mod tests {
             primary_key_name: None,
             estimated_rows: 0,
             blocks: 0,
+            structure: Arc::default(),
         };
         let present = TargetTable {
             partitioned: false,

@@ -150,6 +150,9 @@ fn equality(base: &QualifiedName, kind: &str, deterministic: bool) -> Equality {
     }
 }
 
+/// A table, by the parameter `$1`, and all its partitions: what only a partition has restricts and fires too.
+const PARTITIONS: &str = "(SELECT $1::oid UNION SELECT relid::oid FROM pg_partition_tree($1::oid::regclass))";
+
 /// Reads what a table is; `None` when there is none of that name.
 ///
 /// # Errors
@@ -173,14 +176,12 @@ pub(in super::super) async fn describe(client: &Client, name: &QualifiedName) ->
     }
     let unique = unique_indexes(client, oid).await?;
     let (triggers, always_triggers) = triggers(client, oid).await?;
-    let foreign = client
-        .query(
-            "SELECT conname, confrelid = $1 AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd'))
-             FROM pg_constraint WHERE contype = 'f' AND (conrelid = $1 OR confrelid = $1)",
-            &[&oid],
-        )
-        .await
-        .map_err(failed("read foreign keys of the target table"))?;
+    let foreign_keys = format!(
+        "SELECT conname, bool_or(confrelid IN {PARTITIONS} AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd')))
+         FROM pg_constraint WHERE contype = 'f' AND (conrelid IN {PARTITIONS} OR confrelid IN {PARTITIONS})
+         GROUP BY conname ORDER BY conname"
+    );
+    let foreign = client.query(&foreign_keys, &[&oid]).await.map_err(failed("read foreign keys of the target table"))?;
     Ok(Some(TargetTable {
         partitioned: kind == "p",
         columns: columns(client, oid).await?,
@@ -242,17 +243,16 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
         .collect())
 }
 
-/// Indexes of the table and of all its partitions: one that only a partition has restricts rows too.
+/// Indexes of the table and of all its partitions.
 ///
 /// Columns of expressions are read from the stored trees, where a reference is `:varattno` with the column's number, or 0 for
 /// the whole row. `pg_depend` has no entry for the whole row.
 async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
-    let rows = client
-        .query(
+    let indexes = format!(
             "WITH RECURSIVE indexes AS (
                SELECT i.*, c.relname, concat_ws(' ', i.indexprs::text, i.indpred::text) AS trees
                FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-               WHERE i.indrelid IN (SELECT $1::oid UNION SELECT relid FROM pg_partition_tree($1::oid::regclass))
+               WHERE i.indrelid IN {PARTITIONS}
                  AND i.indislive AND (i.indisunique OR i.indisexclusion)),
              reads(index, relation, number) AS (
                SELECT indexrelid, indrelid, indkey[k]::int FROM indexes, generate_series(0, indnkeyatts - 1) AS k WHERE indkey[k] <> 0
@@ -270,11 +270,9 @@ async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
                             AND EXISTS (SELECT FROM reads WHERE index = i.indexrelid AND number IN (0, a.attnum))),
                     NOT i.indisexclusion AND NOT EXISTS (SELECT FROM unnest(i.indcollation::oid[]) AS used JOIN pg_collation co ON co.oid = used
                                                          WHERE NOT co.collisdeterministic)
-             FROM indexes i",
-            &[&oid],
-        )
-        .await
-        .map_err(failed("read indexes of the target table"))?;
+             FROM indexes i"
+    );
+    let rows = client.query(&indexes, &[&oid]).await.map_err(failed("read indexes of the target table"))?;
     let index = |row: &Row| UniqueIndex {
         name: row.get(0),
         primary: row.get(1),
@@ -288,13 +286,12 @@ async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
 
 /// User triggers that fire in an ordinary session, and those that fire in a replica session.
 async fn triggers(client: &Client, oid: u32) -> Result<(Vec<String>, Vec<String>)> {
-    let rows = client
-        .query(
-            "SELECT tgname, tgenabled IN ('O', 'A'), tgenabled IN ('R', 'A') FROM pg_trigger WHERE tgrelid = $1 AND NOT tgisinternal",
-            &[&oid],
-        )
-        .await
-        .map_err(failed("read triggers of the target table"))?;
+    // A trigger of a partitioned table is one of each partition too, by the same name.
+    let triggers = format!(
+        "SELECT tgname, bool_or(tgenabled IN ('O', 'A')), bool_or(tgenabled IN ('R', 'A'))
+         FROM pg_trigger WHERE tgrelid IN {PARTITIONS} AND NOT tgisinternal GROUP BY tgname ORDER BY tgname"
+    );
+    let rows = client.query(&triggers, &[&oid]).await.map_err(failed("read triggers of the target table"))?;
     let named = |column: usize| rows.iter().filter(|row| row.get(column)).map(|row| row.get(0)).collect();
     Ok((named(1), named(2)))
 }

@@ -131,6 +131,20 @@ impl Buffer {
         }
     }
 
+    /// The next part, once it can't grow any more because another one follows it. Safe to cancel.
+    pub(super) async fn next_grown(&self) -> Result<Part<Lsn>> {
+        loop {
+            let grown = {
+                let state = self.lock();
+                state.parts.len() > 1 || state.ended
+            };
+            if grown && let Some(outcome) = self.try_next() {
+                return outcome;
+            }
+            self.news.notified().await;
+        }
+    }
+
     fn try_next(&self) -> Option<Result<Part<Lsn>>> {
         let mut state = self.lock();
         if let Some(part) = state.parts.pop_front() {
@@ -177,6 +191,22 @@ mod tests {
         assert!(buffer.take_back(|_| false).is_none());
         assert_eq!(*buffer.take_back(|_| true).unwrap().end(), Lsn(1));
         assert!(buffer.take_back(|_| true).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_part_has_grown_when_another_one_follows() {
+        let buffer = Arc::new(Buffer::new(10));
+        buffer.push(part(1));
+        let waiting = Arc::clone(&buffer);
+        let waiter = tokio::spawn(async move { waiting.next_grown().await });
+        tokio::task::yield_now().await;
+        assert_eq!(*buffer.take_back(|_| true).expect("nobody has taken it").end(), Lsn(1));
+        buffer.push(part(2));
+        buffer.push(part(3));
+        assert_eq!(*waiter.await.unwrap().unwrap().end(), Lsn(2));
+        buffer.end(Error::bug("over"));
+        assert_eq!(*buffer.next_grown().await.unwrap().end(), Lsn(3), "the last one grows no more");
+        assert_eq!(buffer.next_grown().await.unwrap_err().message, "over");
     }
 
     #[tokio::test]

@@ -151,6 +151,10 @@ impl ChangeLog for PostgresLog {
         self.buffer.next().await
     }
 
+    async fn next_grown(&mut self) -> Result<Part<Lsn>> {
+        self.buffer.next_grown().await
+    }
+
     fn confirm(&self, durable: &Lsn) {
         // Never backwards: the server would not take it either.
         self.shared.confirmed.fetch_max(durable.0, Ordering::AcqRel);

@@ -36,6 +36,7 @@ pub fn table(identity: Identity) -> MappedTable {
         primary_key_name: None,
         estimated_rows: 0,
         blocks: 0,
+        structure: Arc::default(),
     }
 }
 

@@ -128,6 +128,7 @@ mod tests {
             primary_key_name: None,
             estimated_rows: 0,
             blocks: 0,
+            structure: Arc::default(),
         }
     }
 

@@ -19,7 +19,14 @@ pub(super) struct Mapping<'a> {
 }
 
 /// All checks, in an order in which the first failure is the most telling.
-pub(super) async fn check(session: &Session, endpoint: &Endpoint, owner: &Owner, mapping: &Mapping<'_>, mode: ApplyMode) -> Result<()> {
+/// Tables that are to be made are left over.
+pub(super) async fn check<'a>(
+    session: &Session,
+    endpoint: &Endpoint,
+    owner: &Owner,
+    mapping: &Mapping<'a>,
+    mode: ApplyMode,
+) -> Result<Vec<&'a MappedTable>> {
     let &Mapping { source, tables, fed } = mapping;
     let (system_identifier, database) = identity(session).await?;
     let same_database = system_identifier == source.system_identifier && database == source.database;
@@ -40,8 +47,9 @@ pub(super) async fn check(session: &Session, endpoint: &Endpoint, owner: &Owner,
             }
         }
     }
-    ddl::check_types(session, &missing).await?;
-    check_may_create(session, &missing, endpoint).await
+    check_may_create(session, &missing, endpoint).await?;
+    ddl::check_needs(session, &missing).await?;
+    Ok(missing)
 }
 
 /// System identifier and database of the target.

@@ -14,7 +14,8 @@ pub fn lag(size: Option<u64>, seconds: Option<u64>) -> Option<String> {
 /// How far the copy is.
 pub fn copying(status: &Status) -> String {
     let estimate = if status.rows_to_copy > 0 { format!(" of about {}", status.rows_to_copy) } else { String::new() };
-    format!("the initial copy runs: {}{estimate} rows", status.rows_copied)
+    let step = status.waiting.as_ref().map(|step| format!("; {step}")).unwrap_or_default();
+    format!("the initial copy runs: {}{estimate} rows{step}", status.rows_copied)
 }
 
 /// `12 B`, `1.2 MiB`.
