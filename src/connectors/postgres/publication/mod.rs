@@ -88,8 +88,12 @@ async fn try_publish(session: &Session, server: &Server, name: &str, slot: &str,
     if plan.is_nothing() {
         return Ok(());
     }
-    // The time limit ends with the transaction.
-    let begin = format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}", LOCK_TIMEOUT.as_millis());
+    // The settings end with the transaction. It need not wait for a synchronous standby: the log is sent only after what the server
+    // itself demands.
+    let begin = format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}; SET LOCAL synchronous_commit = local",
+        LOCK_TIMEOUT.as_millis()
+    );
     run(session, "begin", &begin).await?;
     let done = change(session, server, name, slot, &plan, &partitioned).await;
     // A transaction that can't be ended is ended by the server when the session goes, which it does after an error.
