@@ -15,7 +15,7 @@ set -euo pipefail
 # shellcheck source=e2e/demo/shop.sh
 . "$REPO/e2e/demo/shop.sh"
 
-CUSTOMERS=${CUSTOMERS:-150000}
+CUSTOMERS=${CUSTOMERS:-400000}
 SEED=${E2E_SEED:-$(date +%s)}
 MIRROR=shop-to-warehouse
 export SHOP_NAMESPACE=shop
@@ -278,7 +278,7 @@ main() {
   check "the shop is filled" fill_shop "$CUSTOMERS"
   check "writers write" start_writer
   check "the manifests of the demo are taken" apply_mirror
-  for i in 1 2; do check "kill -9 while copying, $i of 2" kill_while_copying $((RANDOM % 1500)); done
+  for i in 1 2; do check "kill -9 while copying, $i of 2" kill_while_copying $((RANDOM % 1000)); done
   check "the copy completes and streaming begins" wait_until 300 "streaming" is_streaming
   for i in 1 2 3; do check "kill -9 while streaming, $i of 3" kill_while_streaming $((RANDOM % 3000)); done
   check "after five kills every row is equal" contents_are_equal

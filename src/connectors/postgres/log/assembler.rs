@@ -6,7 +6,7 @@ use crate::connectors::postgres::pgoutput::{Decoder, Message};
 use crate::engine::batch::{Batch, Boundary, Heartbeat, Part};
 use crate::engine::error::Result;
 use crate::engine::roles::BatchLimits;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Builds one part after the other.
 pub(super) struct Assembler {
@@ -20,6 +20,10 @@ pub(super) struct Assembler {
     transaction: Option<Lsn>,
     /// Since when the part holds a whole transaction.
     whole_since: Option<Instant>,
+    /// How long whole transactions may wait for more.
+    delay: Duration,
+    /// When the last transaction was committed on the source.
+    committed_at: SystemTime,
     received: Lsn,
     /// Content of the last message of our own in the transaction that is under way.
     message: Option<String>,
@@ -36,6 +40,8 @@ impl Assembler {
             continues: false,
             transaction: None,
             whole_since: None,
+            delay: limits.delay,
+            committed_at: SystemTime::UNIX_EPOCH,
             received: from,
             message: None,
             heartbeat: None,
@@ -89,6 +95,16 @@ impl Assembler {
     /// The part in the making, when it ends with a whole transaction.
     pub(super) fn take_whole(&mut self) -> Option<Part<Lsn>> {
         (self.transaction.is_none() && !self.boundaries.is_empty()).then(|| self.seal())
+    }
+
+    /// How long ago the last transaction was committed on the source, by the clocks of both.
+    pub(super) fn age(&self) -> Duration {
+        self.committed_at.elapsed().unwrap_or_default()
+    }
+
+    /// Lets whole transactions wait for more: at least for the limit that is always there.
+    pub(super) fn set_delay(&mut self, delay: Duration) {
+        self.delay = delay.max(self.limits.delay);
     }
 
     /// The position that a part without changes would carry; `None` while there is something else to hand over.
@@ -170,6 +186,7 @@ impl Assembler {
             self.heartbeat = Some(Heartbeat { content, end });
         }
         self.received = self.received.max(end);
+        self.committed_at = committed_at;
         self.whole_since.get_or_insert(now);
         if self.continues || self.is_full(&self.batch) || self.has_waited(now) {
             out.push(self.seal());
@@ -181,8 +198,8 @@ impl Assembler {
         batch.changes().len() >= self.limits.rows || batch.size() >= self.limits.bytes
     }
 
-    fn has_waited(&self, now: Instant) -> bool {
-        self.whole_since.is_some_and(|since| now.saturating_duration_since(since) >= self.limits.delay)
+    pub(super) fn has_waited(&self, now: Instant) -> bool {
+        self.whole_since.is_some_and(|since| now.saturating_duration_since(since) >= self.delay)
     }
 
     fn seal(&mut self) -> Part<Lsn> {

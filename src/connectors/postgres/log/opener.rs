@@ -19,6 +19,8 @@ use tokio::time::{Instant, sleep};
 const RELEASE_LIMIT: Duration = Duration::from_secs(30);
 /// Pause between two tries meanwhile.
 const RELEASE_PAUSE: Duration = Duration::from_millis(100);
+/// A server that answers within this time is near.
+const NEAR: Duration = Duration::from_millis(5);
 /// Pause between two looks at a transaction that is waited for.
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
 
@@ -26,14 +28,21 @@ const LOOK_PAUSE: Duration = Duration::from_secs(2);
 pub(super) struct Opener {
     config: Arc<LogConfig>,
     server: SystemIdentity,
+    is_near: bool,
     runtime: Handle,
 }
 
 impl Opener {
     /// For the server that `client` is on.
     pub(super) async fn new(config: Arc<LogConfig>, client: &mut ReplicationClient) -> Result<Self> {
+        let asked = Instant::now();
         let server = client.identify_system().await?;
-        Ok(Self { config, server, runtime: Handle::current() })
+        Ok(Self { config, server, is_near: asked.elapsed() < NEAR, runtime: Handle::current() })
+    }
+
+    /// Whether the server answers so soon that a small buffer between it and us is never what the stream waits for.
+    pub(super) fn is_near(&self) -> bool {
+        self.is_near
     }
 
     /// Tables whose rows matter.
