@@ -3,7 +3,7 @@
 //! A walsender sends each row by itself. A reader that takes every row as it comes makes the server spend more time on
 //! waking it than on decoding; so while data flows the thread takes a short nap after a small read and lets more pile up.
 //! An idle stream blocks in its read, and a transaction that has ended is handed over before the nap. While a backlog is read, the
-//! naps are long: with 20 ms instead of 1 ms a server needed half of the time for transactions of one row.
+//! naps are long: what the server sends then leaves in larger pieces.
 
 use super::buffer::Buffer;
 use super::feed::Feed;
