@@ -131,3 +131,50 @@ async fn a_lost_snapshot_costs_the_unfinished_tables() {
     assert_eq!((generation(&right, "done").await, generation(&right, "slow").await), (1, 2));
     assert!(worker.log().contains("SnapshotLost"), "{}", worker.log());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_others_refer_to_are_copied_again() {
+    let Pair { source, target, left, right, gate: _ } = pair(15).await;
+    left.batch_execute(
+        "CREATE TABLE p (id int PRIMARY KEY, v varchar(90)); CREATE TABLE c (id int PRIMARY KEY, p int REFERENCES p ON DELETE CASCADE, v varchar(90));
+         INSERT INTO p SELECT g, 'p' || g FROM generate_series(1, 5000) g; INSERT INTO c SELECT g, 1 + g % 5000, 'c' || g FROM generate_series(1, 5000) g;
+         ANALYZE p; ANALYZE c",
+    )
+    .await
+    .unwrap();
+    let mut worker = Worker::start_with((&source, "shop"), (&target, "dw"), &["p", "c"], |desired| desired.snapshot.truncate = true);
+    worker.wait_streaming().await;
+    let carried = "SELECT count(*) = 1 FROM pg_constraint WHERE contype = 'f' AND convalidated AND conrelid = 'c'::regclass";
+    wait_sql(&right, 60, carried).await;
+    // First only the table that is referred to, then both.
+    for (round, tables) in [vec!["p"], vec!["p", "c"]].into_iter().enumerate() {
+        worker.kill9();
+        let wider = format!("varchar({})", 100 + round);
+        for table in &tables {
+            for client in [&left, &right] {
+                client.batch_execute(&format!("ALTER TABLE {table} ALTER v TYPE {wider}")).await.unwrap();
+            }
+        }
+        let first = 10_000 * (round + 1);
+        left.batch_execute(&format!(
+            "DELETE FROM p WHERE id % 7 = {round}; INSERT INTO p SELECT g, 'new' FROM generate_series({first}, {first} + 500) g;
+             INSERT INTO c SELECT g, g, 'new' FROM generate_series({first}, {first} + 500) g; UPDATE c SET v = v || '!' WHERE id % 3 = 0"
+        ))
+        .await
+        .unwrap();
+        let copies_before = (generation(&right, "p").await, generation(&right, "c").await);
+        worker.spawn();
+        worker.wait_streaming().await;
+        left.batch_execute("UPDATE p SET v = v || '?' WHERE id % 5 = 0; DELETE FROM p WHERE id % 11 = 0").await.unwrap();
+        worker.wait_level(&left).await;
+        assert_equal(&left, &right, &["p", "c"]).await;
+        let copies = (generation(&right, "p").await, generation(&right, "c").await);
+        assert!(copies.0 > copies_before.0, "{copies:?}");
+        assert_eq!(copies.1 > copies_before.1, tables.contains(&"c"), "{copies:?}");
+        wait_sql(&right, 60, carried).await;
+    }
+    let lost = right.query_one("SELECT count(*) FROM c WHERE NOT EXISTS (SELECT FROM p WHERE p.id = c.p)", &[]).await.unwrap();
+    assert_eq!(lost.get::<_, i64>(0), 0);
+    let refused = right.batch_execute("INSERT INTO c VALUES (-1, -1, 'x')").await.unwrap_err();
+    assert_eq!(refused.code().map(tokio_postgres::error::SqlState::code), Some("23503"));
+}

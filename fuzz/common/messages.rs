@@ -40,6 +40,7 @@ fn table(id: u32, name: &str, identity: Identity) -> MappedTable {
         target: QualifiedName::new("public", name),
         generated: Vec::new(),
         excluded: Vec::new(),
+        accept_narrower_types: false,
         primary_key: Vec::new(),
         primary_key_name: None,
         estimated_rows: 0,

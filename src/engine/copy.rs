@@ -43,8 +43,9 @@ where
     job.progress.begin_copy(copied_before, copied_before + tables.iter().map(|table| table.estimated_rows).sum::<u64>());
     let snapshot = Arc::new(snapshot);
     let applier = Mutex::new(applier);
+    let waiting = Mutex::new(tables.to_vec());
     let result = stream::iter(tables.iter().map(Ok))
-        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |table| copy_table(job, &applier, &snapshot, table))
+        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |table| copy_table(job, &applier, &snapshot, &waiting, table))
         .await;
     if let Some(snapshot) = Arc::into_inner(snapshot) {
         snapshot.close().await;
@@ -56,6 +57,7 @@ async fn copy_table<'b, S, T>(
     job: &CopyJob<'b, S, T>,
     applier: &Mutex<&'b mut T::Applier>,
     snapshot: &Arc<S::Snapshot>,
+    waiting: &Mutex<Vec<&MappedTable>>,
     table: &MappedTable,
 ) -> Result<()>
 where
@@ -63,7 +65,11 @@ where
     T: Target<Position = S::Position>,
 {
     let name = table.source();
-    let generation = applier.lock().await.begin_copy(table, job.config.truncate).await.map_err(|error| error.context(name))?;
+    let generation = {
+        let mut waiting = waiting.lock().await;
+        waiting.retain(|other| other.source() != name);
+        applier.lock().await.begin_copy(table, &waiting, job.config.truncate).await.map_err(|error| error.context(name))?
+    };
     job.progress.set_table(name, TableState::Copying);
     let format = job.target.bulk_format(table).await.map_err(|error| error.context(name))?;
     let copy = RangeCopy { job, applier, snapshot, table, generation, format };

@@ -125,6 +125,7 @@ pub mod reason {
         PUBLICATION_MISSING = "PublicationMissing", "The publication is gone or was not there at the position read.";
         TARGET_TABLE_NOT_EMPTY = "TargetTableNotEmpty", "A target table holds rows and existingRows is Refuse.";
         TARGET_TABLE_INCOMPATIBLE = "TargetTableIncompatible", "An existing target table lacks a column or has another type.";
+        TARGET_TABLE_REFERENCED = "TargetTableReferenced", "A target table can't be emptied for a copy: foreign keys of tables that are not copied refer to it.";
         TYPE_MISSING = "TypeMissing", "The target lacks a type, function, collation or extension that tables of the source use.";
         TARGET_READ_ONLY = "TargetReadOnly", "The target accepts no writes.";
         TARGET_DISK_FULL = "TargetDiskFull", "The target has no room left.";
@@ -146,6 +147,7 @@ pub mod reason {
         ROW_MISSING = "RowMissing", "A row to update or delete is not in the target.";
         ROW_CONFLICT = "RowConflict", "A row to insert is already in the target.";
         WRITE_REFUSED = "WriteRefused", "The target refused a change.";
+        VALUE_DOES_NOT_FIT = "ValueDoesNotFit", "A value of the source does not fit into a narrower column of the target.";
         SCHEMA_CHANGED = "SchemaChanged", "The source's table changed in a way that can't be followed.";
         SPILL_FULL = "SpillFull", "Transactions that had not ended took more room than there is: they are received at their end meanwhile.";
         STREAMING_FAILED = "StreamingFailed", "The source fails to send a transaction before its end: large ones are received at their end meanwhile.";

@@ -14,7 +14,7 @@ use super::stream::follow;
 use super::structure::{IndexRole, Structure};
 use super::table::{MappedTable, QualifiedName, TableState};
 use std::cmp::Ordering::{Equal, Less};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -119,8 +119,7 @@ async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], pr
         progress.set_step(first.source(), None);
         match related {
             Ok(notes) => {
-                notes.iter().for_each(|note| tracing::warn!("{note}"));
-                progress.set_notes(notes);
+                progress.add_notes(notes);
                 break;
             }
             Err(error) => {
@@ -152,7 +151,7 @@ where
 {
     check_mapping(&config.selection)?;
     let identity = source.identity().await?;
-    let mut tables = source.tables(&config.selection).await?;
+    let mut tables = referenced_first(source.tables(&config.selection).await?);
     for table in &mut tables {
         config.snapshot.leave_out(Arc::make_mut(&mut table.structure));
     }
@@ -163,7 +162,7 @@ where
     *held = Some(claimed.claim.epoch);
     let streamed = claimed.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.rows_streamed);
     progress.set_claim(claimed.claim.epoch, applier.mode(), streamed);
-    target.check(&identity, &tables, &source.fed(&tables).await?).await?;
+    progress.add_notes(target.check(&identity, &tables, &source.fed(&tables).await?).await?);
 
     progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();
@@ -188,6 +187,29 @@ where
     };
     applier.prepare(&tables).await?;
     Ok((ReadyStream { tables, handover, applier }, claimed.claim))
+}
+
+/// The tables in another order: each after those that it refers to, as far as that is no circle. Where a target checks foreign
+/// keys, rows can't be copied before those that they refer to.
+fn referenced_first(tables: Vec<MappedTable>) -> Vec<MappedTable> {
+    let mapped: HashSet<QualifiedName> = tables.iter().map(|table| table.source().clone()).collect();
+    let (mut placed, mut ordered) = (HashSet::new(), Vec::with_capacity(tables.len()));
+    let mut rest = VecDeque::from(tables);
+    let mut passed_over = 0;
+    while let Some(table) = rest.pop_front() {
+        let missing = |name: &QualifiedName| name != table.source() && mapped.contains(name) && !placed.contains(name);
+        let waits = table.structure.foreign_keys.iter().any(|key| missing(&key.references));
+        // When all that are left wait, they wait for each other.
+        if waits && passed_over <= rest.len() {
+            rest.push_back(table);
+            passed_over += 1;
+            continue;
+        }
+        passed_over = 0;
+        placed.insert(table.source().clone());
+        ordered.push(table);
+    }
+    ordered
 }
 
 /// Two tables of a schema selection may meet in one target table.

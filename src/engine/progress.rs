@@ -144,7 +144,8 @@ impl Progress {
         for table in state.tables.values() {
             *view.tables.entry(table.as_str()).or_default() += 1;
         }
-        let noted = || (!state.notes.is_empty()).then(|| state.notes.join("; "));
+        let streaming = view.streaming;
+        let noted = || (streaming && !state.notes.is_empty()).then(|| state.notes.join("; "));
         let rolled_back = || state.rolled_back.as_ref().and_then(RolledBack::told);
         view.waiting = view.waiting.or_else(|| state.step()).or_else(rolled_back).or_else(noted);
         let behind = view.lag_bytes.is_some_and(|bytes| bytes > 0) && view.received != view.applied;
@@ -217,9 +218,10 @@ impl Progress {
         }
     }
 
-    /// Shows what was not done and why.
-    pub(super) fn set_notes(&self, notes: Vec<String>) {
-        self.state().notes = notes;
+    /// Shows what people should know for the rest of the session.
+    pub(super) fn add_notes(&self, notes: Vec<String>) {
+        notes.iter().for_each(|note| tracing::warn!("{note}"));
+        self.state().notes.extend(notes);
     }
 
     pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode, rows_streamed: u64) {

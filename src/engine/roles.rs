@@ -78,6 +78,8 @@ pub struct TableSelection {
     pub target: QualifiedName,
     /// Columns that never leave the source.
     pub exclude_columns: Vec<String>,
+    /// Target columns may have narrower type modifiers.
+    pub accept_narrower_types: bool,
 }
 
 /// All tables of one schema.
@@ -89,6 +91,8 @@ pub struct SchemaSelection {
     pub target: String,
     /// Tables that are left out.
     pub exclude_tables: Vec<String>,
+    /// Target columns may have narrower type modifiers.
+    pub accept_narrower_types: bool,
 }
 
 /// The slot as the source sees it.
@@ -371,8 +375,8 @@ pub trait Target: Send + Sync + 'static {
     type Applier: Apply<Position = Self::Position>;
 
     /// Refuses what can't work: source and target the same table, a table that is itself mirrored from here, types that
-    /// are missing, an existing table that does not fit.
-    fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> impl Future<Output = Result<()>> + Send;
+    /// are missing, an existing table that does not fit. Returns what people should know though it works.
+    fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> impl Future<Output = Result<Vec<String>>> + Send;
 
     /// Claims the stream: ends the old claim's backends, raises the epoch, reads the checkpoint, all in one transaction.
     /// `held` is the epoch of an earlier claim of this very process: a higher one on the target means that another worker
@@ -433,7 +437,10 @@ pub trait Apply: Send + 'static {
 
     /// Begins a copy in one transaction: makes the target table when it is missing, deals with rows that are there
     /// (`truncate`, else an error when there are any), raises the generation, state `Copying`. Returns the generation.
-    fn begin_copy(&mut self, table: &MappedTable, truncate: bool) -> impl Future<Output = Result<i64>> + Send;
+    ///
+    /// `beside`: tables of the same copy that have not begun. Those that can only be emptied together with this one are, and
+    /// begin in the same transaction; they begin again in a call of their own.
+    fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> impl Future<Output = Result<i64>> + Send;
 
     /// Writes a table's state, with the position up to which it is right where it is copied or catching up.
     fn set_state(

@@ -82,6 +82,8 @@ pub struct MappedTable {
     pub generated: Vec<Column>,
     /// Columns that never leave the source.
     pub excluded: Vec<String>,
+    /// Columns of the target may have narrower type modifiers.
+    pub accept_narrower_types: bool,
     /// Columns of the primary key, in key order; empty without one.
     pub primary_key: Vec<String>,
     /// Name of the primary key's constraint.

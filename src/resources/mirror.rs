@@ -39,6 +39,29 @@ pub struct Table {
     #[schemars(length(max = 1600), inner(length(min = 1, max = 63)), extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude_columns: Vec<String>,
+    /// What to do about columns of an existing target table with a narrower type modifier than the source's; `Refuse` when
+    /// absent.
+    #[serde(default, skip_serializing_if = "NarrowerTypes::is_default")]
+    pub narrower_types: NarrowerTypes,
+}
+
+/// What to do about columns of an existing target table with a narrower type modifier than the source's, for example
+/// `varchar(20)` for `varchar(50)`.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
+pub enum NarrowerTypes {
+    /// The Mirror stops with `TargetTableIncompatible` before anything is copied.
+    #[default]
+    Refuse,
+    /// A value that is too long or too large stops the Mirror with `ValueDoesNotFit`. Digits after the point and fractions
+    /// of seconds for which there is no room are rounded, and trailing spaces cut, as PostgreSQL does on any assignment.
+    Accept,
+}
+
+impl NarrowerTypes {
+    /// Not said. No CRD default on purpose: it would stand at each of 5,000 tables.
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 fn public_schema() -> String {
@@ -60,6 +83,10 @@ pub struct Schema {
     #[schemars(length(max = 1000), inner(length(min = 1, max = 63)), extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude_tables: Vec<String>,
+    /// What to do about columns of existing target tables with a narrower type modifier than the source's; `Refuse` when
+    /// absent.
+    #[serde(default, skip_serializing_if = "NarrowerTypes::is_default")]
+    pub narrower_types: NarrowerTypes,
 }
 
 /// Initial copy.
@@ -132,6 +159,20 @@ pub struct Stream {
     #[schemars(range(min = 1, max = 16))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub apply_connections: Option<i32>,
+    /// What to do about triggers and foreign key actions of existing target tables that would fire on mirrored changes, for
+    /// a role that may not set `session_replication_role`.
+    #[serde(default)]
+    pub target_triggers: TargetTriggers,
+}
+
+/// What to do about triggers and foreign key actions of existing target tables that would fire on mirrored changes.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
+pub enum TargetTriggers {
+    /// The Mirror stops with `TargetTableIncompatible` before anything is copied.
+    #[default]
+    Refuse,
+    /// They fire, on copied rows too. Changes are applied one by one in commit order.
+    Accept,
 }
 
 /// What happens outside the cluster when the Mirror is deleted.

@@ -93,6 +93,10 @@ pub struct MirrorStatus {
     /// Rows written from the stream since the first copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows_streamed: Option<i64>,
+    /// How changes are applied: `Replica`, triggers and foreign keys of the target do not fire; or `Ordered`, they do, and changes
+    /// are applied in commit order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub apply_mode: Option<String>,
     /// The worker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker: Option<WorkerStatus>,

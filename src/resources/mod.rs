@@ -12,5 +12,8 @@ pub mod names;
 
 pub use common::{Engine, KeyRef, LocalRef, ParamValue, Prerequisite, Reclaim, Tls, TlsMode};
 pub use connection::{Connection, ConnectionSpec, ConnectionStatus, Source, SourceSpec, Target, TargetSpec};
-pub use mirror::{DeletionPolicy, ExistingRows, Mirror, MirrorSpec, Schema, Snapshot, Stream, Table, TableName, UpdatePolicy, Worker};
+pub use mirror::{
+    DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Schema, Snapshot, Stream, Table, TableName, TargetTriggers,
+    UpdatePolicy, Worker,
+};
 pub use mirror_status::{MirrorStatus, Position, TableCounts, WorkerStatus};

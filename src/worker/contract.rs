@@ -117,6 +117,9 @@ pub struct TableSpec {
     /// Columns that never leave the source.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude_columns: Vec<String>,
+    /// Target columns may have narrower type modifiers.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_narrower_types: bool,
 }
 
 /// One schema.
@@ -130,6 +133,9 @@ pub struct SchemaSpec {
     /// Tables that are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude_tables: Vec<String>,
+    /// Target columns may have narrower type modifiers.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_narrower_types: bool,
 }
 
 /// Initial copy, defaults filled in.
@@ -174,6 +180,9 @@ pub struct StreamSpec {
     /// Connections to the target that changes are applied on.
     #[serde(default = "apply_connections")]
     pub apply_connections: usize,
+    /// Triggers and foreign key actions of target tables may fire on mirrored changes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_target_triggers: bool,
 }
 
 /// What a document of an older operator leaves out.
@@ -341,6 +350,7 @@ pub(crate) mod tests {
                 target_schema: "public".to_owned(),
                 target_name: "users".to_owned(),
                 exclude_columns: Vec::new(),
+                accept_narrower_types: false,
             }]),
             schemas: None,
             snapshot: SnapshotSpec {
@@ -358,6 +368,7 @@ pub(crate) mod tests {
                 max_batch_bytes: 16 * 1024 * 1024,
                 max_delay_milliseconds: 50,
                 apply_connections: 2,
+                accept_target_triggers: false,
             },
             suspend: false,
             public_keys: Vec::new(),

@@ -40,11 +40,17 @@ fn table(spec: &TableSpec) -> TableSelection {
         source: QualifiedName::new(&spec.schema, &spec.name),
         target: QualifiedName::new(&spec.target_schema, &spec.target_name),
         exclude_columns: spec.exclude_columns.clone(),
+        accept_narrower_types: spec.accept_narrower_types,
     }
 }
 
 fn schema(spec: &SchemaSpec) -> SchemaSelection {
-    SchemaSelection { source: spec.name.clone(), target: spec.target.clone(), exclude_tables: spec.exclude_tables.clone() }
+    SchemaSelection {
+        source: spec.name.clone(),
+        target: spec.target.clone(),
+        exclude_tables: spec.exclude_tables.clone(),
+        accept_narrower_types: spec.accept_narrower_types,
+    }
 }
 
 fn snapshot(spec: &SnapshotSpec) -> Result<SnapshotConfig> {
@@ -117,7 +123,12 @@ mod tests {
         let users = QualifiedName::new("public", "users");
         assert_eq!(
             config.selection,
-            Selection::Tables(vec![TableSelection { source: users.clone(), target: users, exclude_columns: Vec::new() }])
+            Selection::Tables(vec![TableSelection {
+                source: users.clone(),
+                target: users,
+                exclude_columns: Vec::new(),
+                accept_narrower_types: false,
+            }])
         );
         assert_eq!(config.owner.uid, "5f0c");
         assert_eq!(config.limits.delay, Duration::from_millis(50));
@@ -125,9 +136,15 @@ mod tests {
 
         let mut schemas = desired(1);
         schemas.tables = None;
-        schemas.schemas =
-            Some(vec![SchemaSpec { name: "sales".to_owned(), target: "dw".to_owned(), exclude_tables: vec!["log".to_owned()] }]);
-        assert!(matches!(stream_config(&schemas).unwrap().selection, Selection::Schemas(schemas) if schemas[0].target == "dw"));
+        schemas.schemas = Some(vec![SchemaSpec {
+            name: "sales".to_owned(),
+            target: "dw".to_owned(),
+            exclude_tables: vec!["log".to_owned()],
+            accept_narrower_types: true,
+        }]);
+        assert!(
+            matches!(stream_config(&schemas).unwrap().selection, Selection::Schemas(schemas) if schemas[0].target == "dw" && schemas[0].accept_narrower_types)
+        );
     }
 
     #[test]

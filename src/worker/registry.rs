@@ -60,7 +60,10 @@ async fn postgres_to_postgres(job: Job, config: &StreamConfig, room: Room) -> Re
     let source = postgres_endpoint(&job.desired.source, &job.credentials.source)?;
     let target = postgres_endpoint(&job.desired.target, &job.credentials.target)?;
     let source = PostgresSource::new(source, job.desired.slot.clone(), job.desired.publication.clone()).with_room(room);
-    let target = PostgresTarget::new(target, config.owner.clone()).with_apply_connections(job.desired.stream.apply_connections);
+    let stream = &job.desired.stream;
+    let target = PostgresTarget::new(target, config.owner.clone())
+        .with_apply_connections(stream.apply_connections)
+        .with_triggers_accepted(stream.accept_target_triggers);
     mirror(source, target, config, job).await
 }
 

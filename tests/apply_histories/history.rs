@@ -1,6 +1,7 @@
 //! A random history. Each change is first tried by a plain statement on the one copy of the tables: what that refuses has
 //! not happened.
 
+use crate::arrays;
 use crate::changes::{Changes, Value, mapped};
 use crate::tables::TableSpec;
 use rand::rngs::StdRng;
@@ -95,7 +96,7 @@ impl<'a> History<'a> {
             "numeric" if key => number.to_string(),
             // Equal but not the same.
             "numeric" => ["1.0", "1.00", "2"][number as usize % 3].to_owned(),
-            "_int4" => format!("{{{number},NULL,{}}}", number + 1),
+            "_int4" | "_text" => arrays::literal(kind == "_text", number),
             "json" => format!("{{\"n\": {}}}", number % 3),
             "bpchar" => format!("t{number}"),
             "mood" => format!("t{}", number % 4 + 1),
@@ -117,14 +118,7 @@ impl<'a> History<'a> {
         match (binary, kind) {
             (true, "int4") => Value::Binary(text.parse::<i32>().expect("a number").to_be_bytes().to_vec()),
             (true, "text" | "json" | "bpchar" | "mood") => Value::Binary(text.clone().into_bytes()),
-            (true, "_int4") => {
-                let elements: Vec<Option<i32>> = text.trim_matches(['{', '}']).split(',').map(|word| word.parse().ok()).collect();
-                let mut bytes: Vec<u8> = [1, 1, 23, elements.len() as i32, 1].iter().flat_map(|n: &i32| n.to_be_bytes()).collect();
-                for element in elements {
-                    bytes.extend(element.map_or((-1i32).to_be_bytes().to_vec(), |n| [4i32.to_be_bytes(), n.to_be_bytes()].concat()));
-                }
-                Value::Binary(bytes)
-            }
+            (true, "_int4" | "_text") => Value::Binary(arrays::binary(text, kind == "_text")),
             _ => Value::Text(text.clone()),
         }
     }

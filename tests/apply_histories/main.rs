@@ -1,6 +1,7 @@
 //! Random histories, applied as sets to one schema and row by row, by plain statements, to another: after every commit both
 //! must hold the same rows. A failure prints its seed; `SLUICE_SEED=<n>` runs that one alone, `SLUICE_SEEDS=<n>` so many.
 
+mod arrays;
 #[path = "../changes/mod.rs"]
 mod changes;
 mod history;

@@ -60,7 +60,22 @@ pub const KEYS: &[TableSpec] = &[
     TableSpec { name: "loose_key", columns: &["!n numeric", "v text"], constraints: "PRIMARY KEY (n)", ..TABLE },
     TableSpec { name: "padded_key", columns: &["!c char(12)", "v text"], constraints: "PRIMARY KEY (c)", ..TABLE },
     TableSpec { name: "keyless", columns: &["a int4", "b text", "n numeric", "j json"], constraints: "", key: 0, swaps: &[], ..TABLE },
-    TableSpec { name: "arrays", columns: &["!id int4", "l int4[]", "t text"], ..TABLE },
+    TableSpec {
+        name: "arrays",
+        columns: &["!id int4", "l int4[]", "w text[]", "t text"],
+        others: &["dropped int4", "note text DEFAULT 'new'", "g int4 GENERATED ALWAYS AS (id + 1) STORED"],
+        other_names: &["note", "g"],
+        then: "ALTER TABLE {schema}.arrays DROP dropped",
+        reversed: true,
+        ..TABLE
+    },
+    TableSpec { name: "array_key", columns: &["!k int4[]", "v int4[]", "t text"], constraints: "PRIMARY KEY (k)", swaps: &[], ..TABLE },
+    TableSpec {
+        name: "domain beside",
+        columns: &["!id int4", "l int4[]"],
+        on_target: "ALTER TABLE {schema}.\"domain beside\" ADD d public.required DEFAULT 1",
+        ..TABLE
+    },
     TableSpec { name: "full with key", columns: &["!id int4", "v text", "n numeric"], sends_full: true, ..TABLE },
     TableSpec { name: "large", columns: &["!id int4", "v int4", "huge text"], ..TABLE },
     TableSpec { name: "Select", columns: &["!Order int4", "FROM text", "user int4"], constraints: "PRIMARY KEY (\"Order\")", ..TABLE },
@@ -166,9 +181,18 @@ pub const GUARDED: &[TableSpec] = &[
     },
     TableSpec {
         name: "arrays",
-        columns: &["!id int4", "u int4", "l int4[]"],
+        columns: &["!id int4", "u int4", "l int4[]", "w text[]"],
+        others: &["note text DEFAULT 'new'"],
+        other_names: &["note"],
         constraints: "PRIMARY KEY (id), UNIQUE (u)",
         swaps: &[0, 1],
+        ..TABLE
+    },
+    TableSpec {
+        name: "unique_array",
+        columns: &["!id int4", "l int4[]", "w text[]"],
+        constraints: "PRIMARY KEY (id), UNIQUE (l)",
+        then: "CREATE UNIQUE INDEX ON {schema}.unique_array ((w[1]), id) WHERE cardinality(w) > 1",
         ..TABLE
     },
 ];
@@ -186,6 +210,7 @@ pub const LINKED: &[TableSpec] = &[
 ];
 
 /// Made once per database.
-pub const BEFORE: &str = "CREATE TYPE public.mood AS ENUM ('t1', 't2', 't3', 't4');
+pub const BEFORE: &str = "CREATE DOMAIN public.required AS int NOT NULL;
+    CREATE TYPE public.mood AS ENUM ('t1', 't2', 't3', 't4');
     CREATE FUNCTION public.sum_of(a int, b int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT a + b';
     CREATE FUNCTION public.is_odd(r record) RETURNS bool LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN length(r::text) % 2 = 1; END'";

@@ -43,6 +43,7 @@ pub fn column(text: &str) -> Column {
         "json" => (114, "json"),
         "point" => (600, "point"),
         "int4[]" => (1007, "_int4"),
+        "text[]" => (1009, "_text"),
         "regclass" => (2205, "regclass"),
         "public.mood" => (90_001, "public.mood"),
         other => panic!("type {other} is not known here"),
@@ -78,6 +79,7 @@ pub fn mapped(id: u32, name: &str, schema: &str, columns: &[&str]) -> MappedTabl
         target: QualifiedName::new(schema, name),
         generated: vec![],
         excluded: vec![],
+        accept_narrower_types: false,
         primary_key_name: (!primary_key.is_empty()).then(|| format!("{name}_pkey")),
         version: Arc::new(TableVersion {
             id,

@@ -103,6 +103,7 @@ async fn schemas_are_mapped_through_roots(major: u32) {
         source: source.into(),
         target: target.into(),
         exclude_tables: vec!["left_out".into(), "not there".into()],
+        accept_narrower_types: false,
     };
     let tables = source.tables(&Selection::Schemas(vec![schema("b", "b"), schema("A", "dw")])).await.unwrap();
     let targets: Vec<String> = tables.iter().map(|table| format!("{} → {}", table.source(), table.target)).collect();
@@ -163,7 +164,7 @@ async fn what_can_not_be_followed_is_refused(major: u32) {
     let temporary = database.text("SELECT nspname::text FROM pg_namespace WHERE oid = pg_my_temp_schema()").await.unwrap();
     for (schema, name) in [("_sluice", "streams"), (temporary.as_str(), "temporary"), ("pg_catalog", "pg_class")] {
         let name = QualifiedName::new(schema, name);
-        let table = TableSelection { source: name.clone(), target: name, exclude_columns: Vec::new() };
+        let table = TableSelection { source: name.clone(), target: name, exclude_columns: Vec::new(), accept_narrower_types: false };
         let error = source.tables(&Selection::Tables(vec![table])).await.unwrap_err();
         assert_eq!(error.reason, reason::TABLE_NOT_SUPPORTED, "{error}");
     }
@@ -190,7 +191,7 @@ async fn what_can_not_be_read_is_refused(major: u32) {
     let error = refused(&source, &[("ruled", &[])]).await;
     assert!(error.reason == reason::PRIVILEGE_MISSING && error.message.contains("BYPASSRLS"), "{error}");
     let closed = QualifiedName::new("closed", "t");
-    let table = TableSelection { source: closed.clone(), target: closed, exclude_columns: Vec::new() };
+    let table = TableSelection { source: closed.clone(), target: closed, exclude_columns: Vec::new(), accept_narrower_types: false };
     let error = source.tables(&Selection::Tables(vec![table])).await.unwrap_err();
     assert!(error.reason == reason::PRIVILEGE_MISSING && error.message.contains("GRANT USAGE ON SCHEMA \"closed\""), "{error}");
     database.run("DROP OWNED BY reader; DROP ROLE reader").await;

@@ -85,6 +85,7 @@ fn selection(tables: &[(&str, &[&str])]) -> Selection {
         source: QualifiedName::new("public", *name),
         target: QualifiedName::new("public", *name),
         exclude_columns: excluded.iter().map(|column| (*column).to_owned()).collect(),
+        accept_narrower_types: false,
     };
     Selection::Tables(tables.iter().map(table).collect())
 }

@@ -17,7 +17,7 @@ async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
     assert_eq!((claimed.claim.epoch, claimed.checkpoint.is_none(), claimed.log_intended), (2, true, true));
     first.initialize(&Lsn(5), 3).await.expect("a checkpoint");
     assert_eq!(first.initialize(&Lsn(6), 3).await.expect_err("once").class, Class::Bug);
-    first.begin_copy(&items, false).await.expect("a copy");
+    first.begin_copy(&items, &[], false).await.expect("a copy");
     first.set_state(&items, TableState::CatchingUp, Some(&Lsn(7))).await.expect("a state");
     first.set_timeline(4).await.expect("a timeline");
 
@@ -115,7 +115,7 @@ async fn a_claim_ends_a_range_that_is_being_copied() {
     let (admin, _) = database(&server, "ranges").await;
     let items = items();
     let (target, mut applier) = stream(server.endpoint("ranges"), "s", &[]).await;
-    let generation = applier.begin_copy(&items, false).await.expect("a copy");
+    let generation = applier.begin_copy(&items, &[], false).await.expect("a copy");
     let endless: BulkStream = futures::stream::once(async { Ok(Bytes::from_static(b"1\tx\n")) }).chain(futures::stream::pending()).boxed();
     let (old, table) = (target.clone(), items.clone());
     let range = Range { number: 0, blocks: None };
@@ -135,7 +135,7 @@ async fn a_claim_ends_a_range_that_is_being_copied() {
     assert!(began.elapsed() < Duration::from_secs(5), "took {:?}", began.elapsed());
     assert_eq!(claimed.checkpoint.expect("a checkpoint").tables[items.source()].state, TableState::Copying);
     // The table is free for the next copy at once.
-    assert_eq!(applier.begin_copy(&items, false).await.expect("a copy"), 2);
+    assert_eq!(applier.begin_copy(&items, &[], false).await.expect("a copy"), 2);
     assert!(rows(&admin, "shop.items").await.is_empty());
     load.abort();
 }
@@ -310,13 +310,13 @@ async fn two_streams_never_write_one_table() {
     let (_, mut ours) = stream(server.endpoint("owners"), "s", std::slice::from_ref(&items)).await;
     let other = PostgresTarget::new(server.endpoint("owners"), owner("b"));
     let (_, mut theirs) = other.claim(&key("t"), &owner("b"), None).await.expect("a claim of another slot");
-    let error = theirs.begin_copy(&items, true).await.expect_err("refused");
+    let error = theirs.begin_copy(&items, &[], true).await.expect_err("refused");
     assert_eq!((error.class, error.reason), (Class::Stop, reason::DUPLICATE_TARGET));
     assert!(error.message.contains("team/a"), "{error}");
     assert_eq!(theirs.set_state(&items, TableState::Ready, None).await.expect_err("refused").reason, reason::DUPLICATE_TARGET);
     // The same Mirror with another slot takes its tables along.
     let (_, mut moved) = target(server.endpoint("owners")).claim(&key("u"), &owner("a"), None).await.expect("a claim");
-    moved.begin_copy(&items, false).await.expect("an empty table");
+    moved.begin_copy(&items, &[], false).await.expect("an empty table");
     let slots: Vec<String> =
         admin.query("SELECT slot FROM _sluice.tables", &[]).await.expect("rows").iter().map(|row| row.get(0)).collect();
     assert_eq!(slots, ["u"]);

@@ -28,7 +28,7 @@ async fn a_table_is_made_copied_and_finished() {
     let (claimed, mut applier) = target.claim(&key("s"), &owner("a"), None).await.expect("a claim");
     applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
 
-    let generation = applier.begin_copy(&items, false).await.expect("a copy");
+    let generation = applier.begin_copy(&items, &[], false).await.expect("a copy");
     assert_eq!(generation, 1);
     assert_eq!(target.bulk_format(&items).await.expect("a format"), BulkFormat::PostgresBinary);
     let pieces = |bytes: Vec<u8>, size: usize| -> BulkStream {
@@ -71,7 +71,7 @@ async fn a_table_is_made_copied_and_finished() {
     assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)), (12_000, 143_988_000, 12_000));
 
     // Interrupted before it was ready: its rows are its own, and go.
-    let again = applier.begin_copy(&items, false).await.expect("another copy");
+    let again = applier.begin_copy(&items, &[], false).await.expect("another copy");
     assert_eq!(again, 2);
     assert!(applier.done_ranges(&items, 2).await.expect("ranges").is_empty());
     assert!(rows(&admin, "shop.items").await.is_empty());
@@ -82,12 +82,108 @@ async fn a_table_is_made_copied_and_finished() {
     // Ready: only by the user's word.
     applier.set_state(&items, TableState::Ready, None).await.expect("a state");
     admin.batch_execute("INSERT INTO shop.items VALUES (1, 'x')").await.expect("a row");
-    let error = applier.begin_copy(&items, false).await.expect_err("not empty");
+    let error = applier.begin_copy(&items, &[], false).await.expect_err("not empty");
     assert_eq!((error.class, error.reason), (Class::Stop, reason::TARGET_TABLE_NOT_EMPTY));
-    assert_eq!(applier.begin_copy(&items, true).await.expect("emptied"), 3);
+    assert_eq!(applier.begin_copy(&items, &[], true).await.expect("emptied"), 3);
     applier.forget(&[items.source().clone()]).await.expect("forgotten");
     admin.batch_execute("INSERT INTO shop.items VALUES (1, 'x')").await.expect("a row");
-    assert_eq!(applier.begin_copy(&items, false).await.expect_err("not its own").reason, reason::TARGET_TABLE_NOT_EMPTY);
+    assert_eq!(applier.begin_copy(&items, &[], false).await.expect_err("not its own").reason, reason::TARGET_TABLE_NOT_EMPTY);
     let left: i64 = admin.query_one("SELECT count(*) FROM _sluice.tables", &[]).await.expect("a count").get(0);
     assert_eq!(left, 0);
+}
+
+/// Target tables with foreign keys, in a schema of their own: `child` refers to `parent`, both partitioned ones and itself.
+async fn family(admin: &Client) -> [MappedTable; 3] {
+    admin
+        .batch_execute(
+            "CREATE SCHEMA shop; CREATE TABLE shop.parent (id int4 PRIMARY KEY, v text) PARTITION BY RANGE (id);
+             CREATE TABLE shop.parent_1 PARTITION OF shop.parent FOR VALUES FROM (MINVALUE) TO (MAXVALUE);
+             CREATE TABLE shop.child (id int4 PRIMARY KEY, v text, parent int4 DEFAULT 1 REFERENCES shop.parent, child int4 REFERENCES shop.child);
+             CREATE TABLE shop.grandchild (id int4 PRIMARY KEY, v text, child int4 DEFAULT 2 REFERENCES shop.child);
+             CREATE TABLE shop.stranger (parent int4 REFERENCES shop.parent_1 ON DELETE CASCADE)",
+        )
+        .await
+        .expect("tables");
+    [(1, "parent"), (2, "child"), (3, "grandchild")].map(|(id, name)| mapped(id, name, "shop", &["!id int4", "v text"]))
+}
+
+async fn fill(admin: &Client) {
+    let sql =
+        "INSERT INTO shop.parent VALUES (1, 'p') ON CONFLICT DO NOTHING; INSERT INTO shop.child VALUES (2, 'c') ON CONFLICT DO NOTHING;
+        INSERT INTO shop.grandchild VALUES (3, 'g') ON CONFLICT DO NOTHING";
+    admin.batch_execute(sql).await.expect("rows");
+}
+
+async fn counts(admin: &Client) -> [i64; 3] {
+    let sql = "SELECT (SELECT count(*) FROM shop.parent), (SELECT count(*) FROM shop.child), (SELECT count(*) FROM shop.grandchild)";
+    let row = admin.query_one(sql, &[]).await.expect("counts");
+    [0, 1, 2].map(|column| row.get(column))
+}
+
+#[tokio::test]
+async fn tables_that_refer_to_each_other_are_emptied_together_or_row_by_row() {
+    let server = server();
+    let (admin, _) = database(&server, "family").await;
+    let tables = family(&admin).await;
+    let [parent, child, grandchild] = &tables;
+    let (_, mut applier) = target(server.endpoint("family")).claim(&key("s"), &owner("a"), None).await.expect("a claim");
+    applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
+    let states = "SELECT string_agg(source_table || ' ' || state || ' ' || generation, ', ' ORDER BY source_table) FROM _sluice.tables";
+
+    // A stranger refers to the parent: not by TRUNCATE.
+    fill(&admin).await;
+    admin.batch_execute("INSERT INTO shop.stranger VALUES (1)").await.expect("a row");
+    assert_eq!(applier.begin_copy(parent, &[child, grandchild], true).await.expect("emptied"), 1);
+    assert_eq!(counts(&admin).await, [0, 1, 1], "each by itself");
+    assert_eq!(rows(&admin, "shop.stranger").await.len(), 1, "no action fires");
+    assert_eq!(applier.begin_copy(grandchild, &[child], true).await.expect("emptied"), 1);
+    assert_eq!(counts(&admin).await, [0, 0, 0], "these two without the parent");
+    admin.batch_execute("TRUNCATE shop.stranger; DROP TABLE shop.stranger").await.expect("gone");
+
+    // All three in one go, whoever begins. Those that go along have begun, so that nobody takes them for what they were.
+    for table in &tables {
+        applier.set_state(table, TableState::Ready, None).await.expect("a state");
+    }
+    fill(&admin).await;
+    let before = admin.query_one(states, &[]).await.expect("states").get::<_, String>(0);
+    assert_eq!(before, "child Ready 1, grandchild Ready 1, parent Ready 1");
+    let error = applier.begin_copy(child, &[parent, grandchild], false).await.expect_err("not its own");
+    assert_eq!(error.reason, reason::TARGET_TABLE_NOT_EMPTY);
+    assert_eq!(counts(&admin).await, [1, 1, 1]);
+    assert_eq!(applier.begin_copy(child, &[grandchild, parent], true).await.expect("emptied"), 2);
+    assert_eq!(counts(&admin).await, [0, 0, 0]);
+    let after = admin.query_one(states, &[]).await.expect("states").get::<_, String>(0);
+    assert_eq!(after, "child Copying 2, grandchild Copying 2, parent Copying 2");
+
+    // Its rows were loaded while its parent had not begun: they stay.
+    fill(&admin).await;
+    assert_eq!(applier.begin_copy(parent, &[], false).await.expect("its own"), 3);
+    assert_eq!(counts(&admin).await, [0, 1, 1]);
+}
+
+#[tokio::test]
+async fn without_replica_role_who_refers_is_named() {
+    let server = server();
+    let (admin, writer) = database(&server, "relatives").await;
+    let tables = family(&admin).await;
+    let [parent, child, grandchild] = &tables;
+    admin
+        .batch_execute("GRANT ALL ON SCHEMA shop TO writer_relatives; GRANT ALL ON ALL TABLES IN SCHEMA shop TO writer_relatives")
+        .await
+        .expect("grants");
+    let (_, mut applier) = target(writer).claim(&key("s"), &owner("a"), None).await.expect("a claim");
+    assert_eq!(applier.mode(), ApplyMode::Ordered);
+    applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
+    fill(&admin).await;
+    let error = applier.begin_copy(parent, &[child, grandchild], true).await.expect_err("refused");
+    assert_eq!((error.class, error.reason), (Class::Stop, "TargetTableReferenced"), "{error}");
+    assert!(error.message.contains("shop.stranger") && error.message.contains("GRANT SET ON PARAMETER"), "{error}");
+    let (_, statement) = error.message.split_once("empty all of them: ").expect("a statement");
+    admin.batch_execute(statement).await.expect("what people would run");
+    applier.begin_copy(parent, &[child, grandchild], true).await.expect("empty already");
+    // Without the stranger all three go together.
+    admin.batch_execute("DROP TABLE shop.stranger").await.expect("gone");
+    fill(&admin).await;
+    applier.begin_copy(grandchild, &[child, parent], true).await.expect("emptied");
+    assert_eq!(counts(&admin).await, [0, 0, 0]);
 }

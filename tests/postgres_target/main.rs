@@ -64,7 +64,7 @@ async fn stream_of(target: PostgresTarget, slot: &str, tables: &[MappedTable]) -
     let (claimed, mut applier) = target.claim(&key(slot), &owner("a"), None).await.expect("a claim");
     applier.initialize(&Lsn(1), 1).await.expect("a checkpoint");
     for table in tables {
-        applier.begin_copy(table, false).await.expect("a copy");
+        applier.begin_copy(table, &[], false).await.expect("a copy");
         target.finish(&claimed.claim, table, &[], BUILDERS, &|_| ()).await.expect("keys");
         applier.set_state(table, TableState::Ready, None).await.expect("a state");
     }

@@ -25,7 +25,7 @@ async fn what_can_not_work_is_refused_with_its_cure() {
     as_a.check(&elsewhere, std::slice::from_ref(&items), &[]).await.expect("its own table");
     as_a.check(&here, std::slice::from_ref(&items), &[]).await.expect("another name in the same database");
 
-    let refused = |result: sluice::engine::error::Result<()>, reason: &str, says: &str| {
+    let refused = |result: sluice::engine::error::Result<Vec<String>>, reason: &str, says: &str| {
         let error = result.expect_err("refused");
         assert_eq!(error.reason, reason, "{error}");
         assert!(error.message.contains(says), "{error}");
@@ -109,7 +109,11 @@ async fn what_can_not_work_is_refused_with_its_cure() {
         reason::TARGET_TABLE_INCOMPATIBLE,
         "GRANT SET ON PARAMETER session_replication_role TO \"writer_checks\"",
     );
-    as_a.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
+    let accepts = as_writer.clone().with_triggers_accepted(true);
+    let notes = accepts.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("accepted");
+    assert_eq!(notes, ["triggers or foreign key actions of target tables fire on mirrored changes (of own.t: swallow)"]);
+    let notes = as_a.check(&elsewhere, std::slice::from_ref(&fits), &[]).await.expect("with replica role");
+    assert!(notes.is_empty(), "{notes:?}");
     admin
         .batch_execute("DROP TRIGGER swallow ON own.t; CREATE TABLE own.child (t int4 REFERENCES own.t ON DELETE CASCADE)")
         .await

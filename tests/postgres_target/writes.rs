@@ -257,3 +257,91 @@ async fn one_net_effect_per_key_reaches_the_table() {
     let moved = "SELECT string_agg(concat_ws(' ', id, code, v), ', ' ORDER BY id) FROM shop.accounts WHERE code IN (7, 8)";
     assert_eq!(admin.query_one(moved, &[]).await.expect("rows").get::<_, String>(0), "7 8 moved, 1007 7 newer");
 }
+
+#[tokio::test]
+async fn constraints_that_wait_for_the_commit_let_values_be_exchanged() {
+    let server = server();
+    let (admin, _) = database(&server, "exchanges").await;
+    let accounts = mapped(1, "accounts", "shop", &["!id int4", "code int4", "v text"]);
+    let (_, mut applier) = stream(server.endpoint("exchanges"), "s", std::slice::from_ref(&accounts)).await;
+    assert_eq!(applier.mode(), ApplyMode::Replica);
+    let exchange = |changes: &mut Changes, pairs: &[(i32, i32)]| {
+        for (id, code) in pairs {
+            changes.update(&accounts, &[], &[int(*id), int(*code), Value::Unchanged]);
+        }
+    };
+    let codes = "SELECT string_agg(id || '=' || code, ' ' ORDER BY id) FROM shop.accounts WHERE id < 5";
+    let mut end = 10;
+    for constraint in [
+        "UNIQUE (code) DEFERRABLE INITIALLY DEFERRED",
+        "UNIQUE (code) DEFERRABLE INITIALLY IMMEDIATE",
+        "EXCLUDE (code WITH =) DEFERRABLE INITIALLY DEFERRED",
+    ] {
+        let sql =
+            format!("TRUNCATE shop.accounts; ALTER TABLE shop.accounts DROP CONSTRAINT IF EXISTS once, ADD CONSTRAINT once {constraint}");
+        admin.batch_execute(&sql).await.expect("a constraint");
+        applier.prepare(std::slice::from_ref(&accounts)).await.expect("prepared");
+        let mut changes = Changes::default();
+        (0..300).for_each(|id| changes.insert(&accounts, &[int(id), int(id), text("new")]));
+        apply(&mut applier, changes.committed(end)).await.expect("applied");
+
+        // In one batch: two directly, and three in a ring.
+        let mut changes = Changes::default();
+        exchange(&mut changes, &[(0, 1), (1, 0), (2, 3), (3, 4), (4, 2)]);
+        apply(&mut applier, changes.committed(end + 10)).await.expect(constraint);
+        assert_eq!(admin.query_one(codes, &[]).await.expect("codes").get::<_, String>(0), "0=1 1=0 2=3 3=4 4=2", "{constraint}");
+
+        // In parts of one transaction, each of which alone leaves a value twice: one row, and enough for sets.
+        for (pairs, closing) in
+            [(vec![(0, 0)], vec![(1, 1)]), ((2..200).map(|id| (id, 200)).collect(), (2..200).map(|id| (id, id)).collect())]
+        {
+            end += 20;
+            let mut first = Changes::default();
+            exchange(&mut first, &pairs);
+            let applied = apply(&mut applier, first.part(false, None, end)).await.expect(constraint);
+            assert!(!applied.committed);
+            let mut last = Changes::default();
+            exchange(&mut last, &closing);
+            let applied = apply(&mut applier, last.part(true, Some(end), end)).await.expect(constraint);
+            assert!(applied.committed);
+        }
+        assert_eq!(admin.query_one(codes, &[]).await.expect("codes").get::<_, String>(0), "0=0 1=1 2=2 3=3 4=4", "{constraint}");
+        let twice: i64 = admin.query_one("SELECT count(*) - count(DISTINCT code) FROM shop.accounts", &[]).await.expect("a count").get(0);
+        assert_eq!(twice, 0, "{constraint}");
+        end += 10;
+    }
+}
+
+#[tokio::test]
+async fn arrays_are_written_in_sets_and_a_table_that_was_altered_beneath_them_is_read_again() {
+    let server = server();
+    let (admin, _) = database(&server, "arrays").await;
+    let table = mapped(1, "lists", "shop", &["!id int4", "l int4[]", "v text"]);
+    let endpoint = server.endpoint("arrays");
+    let (_, mut applier) = stream(endpoint.clone(), "s", std::slice::from_ref(&table)).await;
+    let list = |id: i32| Value::Binary([1, 0, 23, 1, 1, 4, id].iter().flat_map(|number: &i32| number.to_be_bytes()).collect());
+    let updates = |first: i32| {
+        let mut changes = Changes::default();
+        (0..50).for_each(|id| changes.update(&table, &[], &[int(id), list(first + id), Value::Unchanged]));
+        changes
+    };
+    let mut changes = Changes::default();
+    (0..50).for_each(|id| changes.insert(&table, &[int(id), list(id), text("x")]));
+    apply(&mut applier, changes.committed(10)).await.expect("applied");
+    // Made after the table was looked at, so that it changes nothing but the count.
+    let count = "CREATE TABLE counted (n int);
+        CREATE FUNCTION count_one() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO public.counted VALUES (1); RETURN NULL; END';
+        CREATE TRIGGER count_one AFTER UPDATE ON shop.lists FOR EACH STATEMENT EXECUTE FUNCTION count_one();
+        ALTER TABLE shop.lists ENABLE REPLICA TRIGGER count_one";
+    admin.batch_execute(count).await.expect("a trigger");
+    apply(&mut applier, updates(100).committed(20)).await.expect("applied");
+    assert_eq!(rows(&admin, "counted").await.len(), 1, "one statement");
+
+    admin.batch_execute("DROP TRIGGER count_one ON shop.lists; ALTER TABLE shop.lists ADD more text").await.expect("a column");
+    let error = apply(&mut applier, updates(200).committed(30)).await.expect_err("another row type");
+    assert_eq!((error.class, error.reason), (Class::Retry, reason::SCHEMA_CHANGED), "{error}");
+    let (_, mut applier) = target(endpoint).claim(&key("s"), &owner("a"), None).await.expect("a claim");
+    applier.prepare(std::slice::from_ref(&table)).await.expect("prepared");
+    apply(&mut applier, updates(200).committed(30)).await.expect("applied");
+    assert_eq!(rows(&admin, "shop.lists").await.first().map(String::as_str), Some("(0,{200},x,)"));
+}

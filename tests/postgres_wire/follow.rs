@@ -283,6 +283,7 @@ pub async fn mapped(client: &tokio_postgres::Client, table: &str) -> MappedTable
         target: QualifiedName::new("public", table),
         generated: Vec::new(),
         excluded: Vec::new(),
+        accept_narrower_types: false,
         primary_key: Vec::new(),
         primary_key_name: None,
         estimated_rows: 0,

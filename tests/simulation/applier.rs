@@ -144,7 +144,7 @@ impl Apply for SimApplier {
         self.commit(Point::SetTimeline, true, set).await
     }
 
-    async fn begin_copy(&mut self, table: &MappedTable, _: bool) -> Result<i64> {
+    async fn begin_copy(&mut self, table: &MappedTable, _: &[&MappedTable], _: bool) -> Result<i64> {
         let (table, definition) = (number(table), definition(table));
         {
             let mut world = self.world();

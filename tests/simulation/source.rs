@@ -75,6 +75,7 @@ fn mapped(table: usize, definition: usize, differs: Option<String>) -> MappedTab
         target: name,
         generated: Vec::new(),
         excluded: Vec::new(),
+        accept_narrower_types: false,
         primary_key: if has_key { vec!["k".into()] } else { Vec::new() },
         primary_key_name: None,
         estimated_rows: 8,

@@ -97,8 +97,9 @@ impl Target for SimTarget {
     type Position = Lsn;
     type Applier = SimApplier;
 
-    async fn check(&self, _: &SourceIdentity, _: &[MappedTable], _: &[Fed]) -> Result<()> {
-        self.0.io(Point::Check).await
+    async fn check(&self, _: &SourceIdentity, _: &[MappedTable], _: &[Fed]) -> Result<Vec<String>> {
+        self.0.io(Point::Check).await?;
+        Ok(Vec::new())
     }
 
     async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, SimApplier)> {

@@ -133,6 +133,7 @@ fn config(tables: &[usize]) -> StreamConfig {
         source: table(*number, 0).source().clone(),
         target: table(*number, 0).target.clone(),
         exclude_columns: Vec::new(),
+        accept_narrower_types: false,
     });
     StreamConfig {
         selection: Selection::Tables(selection.collect()),

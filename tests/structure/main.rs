@@ -5,6 +5,7 @@ mod support;
 #[path = "../support/worker.rs"]
 mod worker;
 
+mod accepted;
 mod carried;
 mod interrupted;
 mod refused;
@@ -49,5 +50,6 @@ fn renamed(source: (&str, &str), target: (&str, &str)) -> TableSpec {
         target_schema: target.0.into(),
         target_name: target.1.into(),
         exclude_columns: Vec::new(),
+        accept_narrower_types: false,
     }
 }

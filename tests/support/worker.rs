@@ -60,7 +60,13 @@ pub fn desired(source: (&Postgres, &str), target: (&Postgres, &str), tables: &[&
             indexes: true,
             foreign_keys: true,
         },
-        stream: StreamSpec { max_batch_rows: 1000, max_batch_bytes: 1 << 20, max_delay_milliseconds: 5, apply_connections: 2 },
+        stream: StreamSpec {
+            max_batch_rows: 1000,
+            max_batch_bytes: 1 << 20,
+            max_delay_milliseconds: 5,
+            apply_connections: 2,
+            accept_target_triggers: false,
+        },
         suspend: false,
         public_keys: vec![key.public_key_base64()],
     }
@@ -74,6 +80,7 @@ pub fn table(name: &str) -> TableSpec {
         target_schema: "public".into(),
         target_name: name.into(),
         exclude_columns: Vec::new(),
+        accept_narrower_types: false,
     }
 }
 

@@ -35,6 +35,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Bound for each call but the writing of changes, which takes as long as it takes.
 const CONTROL_LIMIT: Duration = Duration::from_secs(90);
+/// Bound for the emptying of a table, which may have to be done row by row.
+const EMPTY_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Applies changes to PostgreSQL.
 pub struct PostgresApplier {
@@ -42,6 +44,8 @@ pub struct PostgresApplier {
     sessions: Vec<Arc<Session>>,
     claim: Claim,
     mode: ApplyMode,
+    /// What fires on the target may.
+    triggers_accepted: bool,
     /// The checkpoint when all accepted parts are committed; `None` before the first.
     position: Option<Lsn>,
     writers: Arc<HashMap<u32, TableWriter>>,
@@ -70,7 +74,13 @@ struct Flight {
 impl PostgresApplier {
     /// A writer whose claim was just made on these sessions (with their backends' pids), at least one; `position` is the
     /// checkpoint that was read then.
-    pub(super) async fn new(sessions: Vec<(Session, i32)>, claim: Claim, mode: ApplyMode, position: Option<Lsn>) -> Result<Self> {
+    pub(super) async fn new(
+        sessions: Vec<(Session, i32)>,
+        claim: Claim,
+        mode: ApplyMode,
+        triggers_accepted: bool,
+        position: Option<Lsn>,
+    ) -> Result<Self> {
         let mut idle = Vec::with_capacity(sessions.len());
         for (session, pid) in sessions {
             idle.push(Lane::new(session, pid).await?);
@@ -79,6 +89,7 @@ impl PostgresApplier {
             sessions: idle.iter().map(|lane| Arc::clone(&lane.session)).collect(),
             claim,
             mode,
+            triggers_accepted,
             position,
             writers: Arc::default(),
             // The claim was flushed to disk, and with it all that was committed before.
@@ -131,23 +142,50 @@ impl PostgresApplier {
         }
     }
 
-    async fn begin_copy_inside(&self, table: &MappedTable, truncate: bool) -> Result<i64> {
+    async fn begin_copy_inside(&self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
         let session = self.session();
         let made = ddl::create_missing(session, table).await?;
-        let known = self.claim.known_table(session, table).await?;
-        if ddl::has_rows(session, &table.target).await? {
-            // Rows of an earlier copy by this very stream that was not finished are its own.
-            let unfinished =
-                known.is_some_and(|known| known.generation > 0 && !matches!(known.state, TableState::CatchingUp | TableState::Ready));
-            if !truncate && !unfinished {
-                return Err(Error::stop(
-                    reason::TARGET_TABLE_NOT_EMPTY,
-                    format!("target table {} holds rows: empty it, or set snapshot.existingRows to Truncate", table.target),
-                ));
-            }
-            ddl::truncate(session, &table.target).await?;
+        if made.is_none() {
+            self.empty(table, beside, truncate).await?;
         }
         self.claim.begin_table(session, table, made).await
+    }
+
+    /// Empties a table, and with it those that foreign keys make one with it.
+    async fn empty(&self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<()> {
+        let session = self.session();
+        let tables: Vec<&MappedTable> = std::iter::once(table).chain(beside.iter().copied()).collect();
+        let names: Vec<&QualifiedName> = tables.iter().map(|table| &table.target).collect();
+        let related = ddl::related(session, &names).await?;
+        let members: Vec<&QualifiedName> = related.members.iter().map(|number| names[*number]).collect();
+        let mut full = Vec::new();
+        for number in &related.members {
+            if ddl::has_rows(session, names[*number]).await? {
+                self.check_may_empty(tables[*number], truncate).await?;
+                full.push(names[*number]);
+            }
+        }
+        for emptied in related.empty(session, &members, &full, self.mode).await? {
+            // Nobody may take it for what it was, should its own copy never begin.
+            if let Some(other) = tables.iter().find(|table| table.target == *emptied) {
+                self.claim.begin_table(session, other, None).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows of an earlier copy by this very stream that was not finished are its own.
+    async fn check_may_empty(&self, table: &MappedTable, truncate: bool) -> Result<()> {
+        let known = self.claim.known_table(self.session(), table).await?;
+        let unfinished =
+            known.is_some_and(|known| known.generation > 0 && !matches!(known.state, TableState::CatchingUp | TableState::Ready));
+        if truncate || unfinished {
+            return Ok(());
+        }
+        Err(Error::stop(
+            reason::TARGET_TABLE_NOT_EMPTY,
+            format!("target table {} holds rows: empty it, or set snapshot.existingRows to Truncate", table.target),
+        ))
     }
 
     /// Begins to write a part as soon as it may.
@@ -298,10 +336,10 @@ impl Apply for PostgresApplier {
         .await
     }
 
-    async fn begin_copy(&mut self, table: &MappedTable, truncate: bool) -> Result<i64> {
-        within(CONTROL_LIMIT, "begin a copy", async {
+    async fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
+        within(EMPTY_LIMIT, "begin a copy", async {
             self.begin().await?;
-            let generation = self.begin_copy_inside(table, truncate).await;
+            let generation = self.begin_copy_inside(table, beside, truncate).await;
             self.end(generation).await
         })
         .await
@@ -340,7 +378,7 @@ impl Apply for PostgresApplier {
                 return Err(Error::stop(reason::TARGET_TABLE_INCOMPATIBLE, format!("target table {} is gone", table.target)));
             };
             ddl::check_compatible(table, &present)?;
-            writers.insert(table.version.id, TableWriter::new(table, &present, self.mode)?);
+            writers.insert(table.version.id, TableWriter::new(table, &present, self.mode, self.triggers_accepted)?);
         }
         self.idle.iter_mut().for_each(|lane| lane.statements.clear());
         self.writers = Arc::new(writers);

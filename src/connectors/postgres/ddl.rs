@@ -7,11 +7,13 @@
 pub(super) mod build;
 mod compatible;
 mod describe;
+mod empty;
 mod needs;
 pub(super) mod structure;
 
-pub(super) use compatible::check_compatible;
+pub(super) use compatible::{check_compatible, narrower};
 pub(super) use describe::{Equality, TargetTable, describe};
+pub(super) use empty::related;
 pub(super) use needs::check_needs;
 
 use super::lsn::Lsn;
@@ -67,12 +69,6 @@ pub(super) async fn has_rows(client: &Client, table: &QualifiedName) -> Result<b
     Ok(row.get(0))
 }
 
-/// Empties one table. Never CASCADE: what hangs on it is the user's.
-pub(super) async fn truncate(client: &Client, table: &QualifiedName) -> Result<()> {
-    let sql = format!("TRUNCATE {}", qualified(table));
-    client.batch_execute(&sql).await.map_err(failed(&sql))
-}
-
 /// Builds the key and statistics of a loaded table, in the caller's transaction. Safe to repeat.
 ///
 /// A table without a primary key whose rows are named by a unique index gets one on those columns: without it every
@@ -123,18 +119,31 @@ fn missing_key(table: &MappedTable, present: &TargetTable, constraint: Option<&s
 }
 
 /// What fires on a target table when triggers can't be switched off.
-pub(super) fn check_fires(table: &MappedTable, present: &TargetTable, mode: ApplyMode, role: &str) -> Result<()> {
+///
+/// # Errors
+/// `TargetTableIncompatible` when there is something and it is not `accepted`.
+pub(super) fn check_fires(
+    table: &MappedTable,
+    present: &TargetTable,
+    mode: ApplyMode,
+    accepted: bool,
+    role: &str,
+) -> Result<Option<String>> {
     if mode == ApplyMode::Replica || (present.triggers.is_empty() && present.cascades.is_empty()) {
-        return Ok(());
+        return Ok(None);
     }
     let target = &table.target;
     let fires: Vec<&str> = present.triggers.iter().chain(&present.cascades).map(String::as_str).collect();
+    let fires = fires.join(", ");
+    if accepted {
+        return Ok(Some(format!("of {target}: {fires}")));
+    }
     Err(Error::stop(
         reason::TARGET_TABLE_INCOMPATIBLE,
         format!(
-            "triggers or foreign key actions of target table {target} would fire on mirrored changes ({}) and role {role} may not switch them off: \
-             GRANT SET ON PARAMETER session_replication_role TO {} (PostgreSQL 15 and later), or make it superuser, or drop them",
-            fires.join(", "),
+            "triggers or foreign key actions of target table {target} would fire on mirrored changes ({fires}) and role {role} may not switch \
+             them off: GRANT SET ON PARAMETER session_replication_role TO {} (PostgreSQL 15 and later), or make it superuser, or drop them, or \
+             let them fire: in the Mirror set stream.targetTriggers to Accept",
             quote_ident(role),
         ),
     ))

@@ -3,6 +3,7 @@
 use super::connect::Side;
 use super::endpoint::Endpoint;
 use crate::engine::error::{Class, Error, reason};
+use crate::engine::table::QualifiedName;
 use std::fmt::Write as _;
 use std::io;
 
@@ -60,6 +61,18 @@ pub fn classify_server(side: Side, what: &str, error: &ServerError) -> Error {
     let (class, reason) = by_state(side, &error.code, &error.message);
     let cure = cure(reason).map(|cure| format!(": {cure}")).unwrap_or_default();
     Error::new(class, reason, cut(describe(what, error) + &cure))
+}
+
+/// A value that one of the narrower columns of a target table does not take.
+#[must_use]
+pub(super) fn does_not_fit(table: &QualifiedName, narrower: &[String], error: &ServerError) -> Option<Error> {
+    // string_data_right_truncation, numeric_value_out_of_range, string_data_length_mismatch.
+    let misfit = matches!(error.code.as_str(), "22001" | "22003" | "22026") && !narrower.is_empty();
+    let message = || {
+        let narrower = narrower.join("; ");
+        format!("a value of the source does not fit into target table {table}, where column {narrower}: alter it to the source's type")
+    };
+    misfit.then(|| Error::stop(reason::VALUE_DOES_NOT_FIT, cut(format!("{}; the server says: {}", message(), error.message))))
 }
 
 /// What to do about a failure whose words do not say it.

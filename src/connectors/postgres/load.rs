@@ -6,6 +6,8 @@
 
 use super::checkpoint::{Claim, claim::loader_name};
 use super::connect::Session;
+use super::ddl;
+use super::errors::{ServerError, does_not_fit};
 use super::sql::{qualified, quote_ident, quote_literal};
 use super::statements::copy_in;
 use super::target::{choose_mode, failed};
@@ -54,7 +56,11 @@ impl Loader {
             .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off")
             .await
             .map_err(failed("begin a range"))?;
-        let loaded = copy(session, table, format, rows, self.mode).await?;
+        let loaded = match copy(session, table, format, rows).await {
+            Ok(loaded) => loaded,
+            Err(Stopped::Read(error)) => return Err(error),
+            Err(Stopped::Write(error)) => return Err(refused(session, table, self.mode, error).await),
+        };
         let done = claim.range_done(session, table.source(), generation, range.number, loaded as i64).await;
         done.map_err(|error| match error.reason {
             // An earlier try whose connection was lost has come through after all; this one leaves nothing behind.
@@ -100,38 +106,60 @@ pub(super) async fn set_up(session: &Session, claim: &Claim) -> Result<ApplyMode
     choose_mode(session).await
 }
 
-async fn copy(session: &Session, table: &MappedTable, format: BulkFormat, mut rows: BulkStream, mode: ApplyMode) -> Result<u64> {
+/// Which side has ended a copy.
+enum Stopped {
+    Read(Error),
+    Write(tokio_postgres::Error),
+}
+
+impl From<tokio_postgres::Error> for Stopped {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Write(error)
+    }
+}
+
+async fn copy(session: &Session, table: &MappedTable, format: BulkFormat, mut rows: BulkStream) -> Result<u64, Stopped> {
     let idents: Vec<String> = table.version.columns.iter().map(|column| quote_ident(&column.name)).collect();
     let sql = copy_in(&qualified(&table.target), idents.iter().map(String::as_str), format == BulkFormat::PostgresBinary);
-    let refused = |error| refused(table, mode, error);
-    let sink = session.copy_in::<_, Bytes>(&sql).await.map_err(refused)?;
+    let sink = session.copy_in::<_, Bytes>(&sql).await?;
     let mut sink = pin!(sink);
     let mut gathered = BytesMut::new();
     while let Some(piece) = rows.next().await {
         // Leaving here drops the sink, which tells the server that the copy has failed.
-        let piece = piece?;
+        let piece = piece.map_err(Stopped::Read)?;
         if gathered.is_empty() && piece.len() >= PIECE {
-            sink.send(piece).await.map_err(refused)?;
+            sink.send(piece).await?;
             continue;
         }
         gathered.extend_from_slice(&piece);
         if gathered.len() >= PIECE {
-            sink.send(gathered.split().freeze()).await.map_err(refused)?;
+            sink.send(gathered.split().freeze()).await?;
         }
     }
     if !gathered.is_empty() {
-        sink.send(gathered.freeze()).await.map_err(refused)?;
+        sink.send(gathered.freeze()).await?;
     }
-    sink.finish().await.map_err(refused)
+    Ok(sink.finish().await?)
 }
 
 /// Without replica role foreign keys are checked while tables are copied side by side: a row may come before the one that
 /// it refers to, and is tried again.
-fn refused(table: &MappedTable, mode: ApplyMode, error: tokio_postgres::Error) -> Error {
+async fn refused(session: &Session, table: &MappedTable, mode: ApplyMode, error: tokio_postgres::Error) -> Error {
     let awaits_other_table = mode == ApplyMode::Ordered && error.code() == Some(&SqlState::FOREIGN_KEY_VIOLATION);
-    let failure = failed(format!("copy into {}", table.target))(error);
+    let misfit = match error.as_db_error() {
+        Some(said) if table.accept_narrower_types => misfit(session, table, &said.into()).await,
+        _ => None,
+    };
+    let failure = misfit.unwrap_or_else(|| failed(format!("copy into {}", table.target))(error));
     if awaits_other_table {
         return Error::retry(reason::WRITE_REFUSED, failure.message);
     }
     failure
+}
+
+/// A value that did not fit. Looks at the table once more, to name the columns that are too narrow.
+async fn misfit(session: &Session, table: &MappedTable, said: &ServerError) -> Option<Error> {
+    session.batch_execute("ROLLBACK").await.ok()?;
+    let present = ddl::describe(session, &table.target).await.ok()??;
+    does_not_fit(&table.target, &ddl::narrower(table, &present), said)
 }

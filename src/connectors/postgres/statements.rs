@@ -2,11 +2,12 @@
 //!
 //! Two shapes: a *row* statement has one parameter per value, a *set* statement one array per column. In a set, columns
 //! that the source sends as text come as `text[]` and are cast, without a type modifier, so that a value that is too long
-//! fails and is never cut; binary ones come as arrays of the column's type. Updates and deletes of sets say which of their
-//! rows they have hit, so that a missing row can be named. A column that only some rows of a set have a value for has a second
-//! array that says which rows keep what is there.
+//! fails and is never cut; binary ones come as arrays of the column's type. Arrays of arrays would be flattened: all binary
+//! columns that are arrays come together in one array of the table's row type, which the server knows for every table.
+//! Updates and deletes of sets say which of their rows they have hit, so that a missing row can be named. A column that only
+//! some rows of a set have a value for has a second array that says which rows keep what is there.
 
-use super::ddl::{Equality, TargetTable};
+use super::ddl::{Equality, TargetTable, narrower};
 use super::sql::{qualified, quote_ident};
 use crate::engine::batch::Cell;
 use crate::engine::coalesce::{Action, ColumnSet, Images, Order, Row, TableRule};
@@ -67,6 +68,8 @@ struct WriterColumn {
     /// Quoted name of the type, without modifier.
     cast: String,
     is_array: bool,
+    /// Place in the table's row type.
+    place: usize,
     /// Binary forms of these hold OIDs, which differ between servers.
     is_reg: bool,
     equality: Equality,
@@ -89,10 +92,18 @@ pub(super) struct TableWriter {
     others: Vec<String>,
     /// The unique index on the key.
     pub key_index: Option<String>,
+    /// Foreign key actions that fire may have taken rows before the source's own deletes of them come.
+    pub loses_rows: bool,
+    /// Columns that do not take every value, for people.
+    pub narrower: Vec<String>,
     /// Quoted.
     name: String,
     columns: Vec<WriterColumn>,
     partitioned: bool,
+    /// Columns of the table's row type.
+    row_columns: usize,
+    /// Rows with only some columns can be sent as the table's row type.
+    sends_rows: bool,
 }
 
 impl TableWriter {
@@ -100,22 +111,24 @@ impl TableWriter {
     ///
     /// # Errors
     /// `TargetTableIncompatible` when the target lacks a column.
-    pub fn new(table: &MappedTable, present: &TargetTable, mode: ApplyMode) -> Result<Self> {
+    pub fn new(table: &MappedTable, present: &TargetTable, mode: ApplyMode, triggers_accepted: bool) -> Result<Self> {
         let version = &table.version;
         let key = key_columns(table);
         let mut columns = Vec::with_capacity(version.columns.len());
         for column in &version.columns {
-            let Some(target) = present.column(&column.name) else {
+            let Some(place) = present.columns.iter().position(|target| target.name == column.name) else {
                 return Err(Error::stop(
                     reason::TARGET_TABLE_INCOMPATIBLE,
                     format!("target table {} has no column {}", table.target, column.name),
                 ));
             };
+            let target = &present.columns[place];
             columns.push(WriterColumn {
                 name: column.name.clone(),
                 ident: quote_ident(&column.name),
                 cast: qualified(&target.type_name),
                 is_array: target.is_array,
+                place,
                 is_reg: is_reg(&target.type_name),
                 equality: target.equality,
                 operator: target.operator.clone(),
@@ -127,8 +140,9 @@ impl TableWriter {
             ApplyMode::Ordered => present.has_foreign_keys || !present.triggers.is_empty(),
         };
         let by_bytes = key.iter().all(|&column| columns[column].equality == Equality::Bytes);
-        // Without replica role a row is never deleted to be inserted anew; and a set can't carry arrays of arrays.
-        let rewrites = mode == ApplyMode::Replica && !columns.iter().any(|column| column.is_array);
+        let sends_rows = sends_rows(present, columns.len());
+        // Without replica role a row is never deleted to be inserted anew.
+        let rewrites = mode == ApplyMode::Replica && (sends_rows || !columns.iter().any(|column| column.is_array));
         let restricted = present.restricts_more_than(&key_names);
         let order = if fires {
             Order::All
@@ -150,9 +164,13 @@ impl TableWriter {
             guarded: (0..columns.len()).filter(|&column| guarded.contains(&version.columns[column].name.as_str())).collect(),
             others: others.map(|column| quote_ident(&column.name)).collect(),
             key_index: present.key_index(&key_names).map(|index| index.name.clone()),
+            loses_rows: mode == ApplyMode::Ordered && triggers_accepted && present.loses_rows,
+            narrower: narrower(table, present),
             name: qualified(&table.target),
             columns,
             partitioned: present.partitioned,
+            row_columns: present.columns.len(),
+            sends_rows,
             key,
         })
     }
@@ -196,15 +214,40 @@ impl TableWriter {
             .filter(move |column| !(keeps_key && self.key.contains(column)) && columns.never.binary_search(&(*column as u32)).is_err())
     }
 
-    /// Whether a set statement can carry these parameters: rows without a key are found one by one, and there are no
-    /// arrays of arrays.
+    /// Whether a set statement can carry these parameters: rows without a key are found one by one, and a row has room for
+    /// one value of a column.
     pub fn has_set_form(&self, action: Action, parameters: &[Parameter], encodings: &Encodings) -> bool {
         let found_by_key = action == Action::Insert || !self.key.is_empty();
-        found_by_key
-            && parameters
-                .iter()
-                .zip(encodings)
-                .all(|(parameter, binary)| !(*binary && self.columns[parameter.column].is_array && parameter.side != Side::Kept))
+        let mut in_rows: Vec<usize> = self.in_rows(parameters, encodings).map(|number| parameters[number].column).collect();
+        in_rows.sort_unstable();
+        let twice = in_rows.windows(2).any(|pair| pair[0] == pair[1]);
+        found_by_key && (in_rows.is_empty() || (self.sends_rows && !twice))
+    }
+
+    /// Numbers of the parameters that come in rows of the table's type.
+    pub fn in_rows<'a>(&'a self, parameters: &'a [Parameter], encodings: &'a Encodings) -> impl Iterator<Item = usize> + 'a {
+        let in_rows = |number: &usize| encodings[*number] && self.is_array(parameters[*number]);
+        (0..parameters.len()).filter(in_rows)
+    }
+
+    fn is_array(&self, parameter: Parameter) -> bool {
+        self.columns[parameter.column].is_array && parameter.side != Side::Kept
+    }
+
+    /// It has columns that are arrays.
+    pub fn has_arrays(&self) -> bool {
+        self.columns.iter().any(|column| column.is_array)
+    }
+
+    /// Place of a column in the table's row type.
+    pub fn place(&self, column: usize) -> usize {
+        self.columns[column].place
+    }
+
+    /// Bytes that a row of the table's type takes besides its values, should these parameters need one.
+    pub fn row_overhead(&self, parameters: &[Parameter]) -> usize {
+        let needed = self.sends_rows && parameters.iter().any(|parameter| self.is_array(*parameter));
+        if needed { ROW_HEADER + self.row_columns * ROW_FIELD } else { 0 }
     }
 
     /// Whether binary values of a column mean the same on both servers.
@@ -247,7 +290,7 @@ impl TableWriter {
     /// rows that they have hit.
     pub fn set_statement(&self, action: Action, columns: &ColumnSet, encodings: &Encodings) -> String {
         let set = SetTexts::new(self, action, columns, encodings);
-        let (name, arrays, aliases) = (&self.name, &set.arrays, &set.aliases);
+        let (name, arrays, aliases) = (&self.name, set.arrays.join(", "), set.aliases.join(", "));
         if action == Action::Insert {
             let values: Vec<&str> = set.written.iter().map(|(_, value)| value.as_str()).collect();
             return format!(
@@ -351,10 +394,10 @@ impl TableWriter {
 /// Pieces of a set statement; its rows are called `s`, the target's `t`.
 struct SetTexts {
     parameters: Vec<Parameter>,
-    /// The arrays, as arguments of `unnest`.
-    arrays: String,
-    /// Their columns' names.
-    aliases: String,
+    /// The arrays, as arguments of `unnest`; that of rows is the last.
+    arrays: Vec<String>,
+    /// Their columns' names; rows come as all of their columns.
+    aliases: Vec<String>,
     /// The condition that finds a row by its key.
     found: String,
     /// What is written: column and value.
@@ -365,15 +408,26 @@ impl SetTexts {
     fn new(writer: &TableWriter, action: Action, columns: &ColumnSet, encodings: &Encodings) -> Self {
         let parameters = writer.parameters(action, columns);
         let column = |number: usize| &writer.columns[parameters[number].column];
+        let in_rows: Vec<usize> = writer.in_rows(&parameters, encodings).collect();
         let value = |number: usize| match encodings[number] {
+            true if in_rows.contains(&number) => format!("s.r{}", column(number).place),
             true => format!("s.c{number}"),
             false => format!("s.c{number}::{}", column(number).cast),
         };
-        let array = |number: usize| match (parameters[number].side, encodings[number]) {
-            (Side::Kept, _) => format!("${}::bool[]", number + 1),
-            (_, true) => format!("${}::{}[]", number + 1, column(number).cast),
-            (_, false) => format!("${}::text[]", number + 1),
-        };
+        let (mut arrays, mut aliases) = (Vec::new(), Vec::new());
+        for number in (0..parameters.len()).filter(|number| !in_rows.contains(number)) {
+            let element = match (parameters[number].side, encodings[number]) {
+                (Side::Kept, _) => "bool",
+                (_, true) => column(number).cast.as_str(),
+                (_, false) => "text",
+            };
+            arrays.push(format!("${}::{element}[]", arrays.len() + 1));
+            aliases.push(format!("c{number}"));
+        }
+        if !in_rows.is_empty() {
+            arrays.push(format!("${}::{}[]", arrays.len() + 1, writer.name));
+            aliases.extend((0..writer.row_columns).map(|place| format!("r{place}")));
+        }
         let finders = if action == Action::Insert { 0 } else { writer.key.len() };
         let equal = (0..finders).map(|number| format!("t.{} {} {}", column(number).ident, column(number).operator, value(number)));
         let found = equal.collect::<Vec<_>>().join(" AND ");
@@ -386,13 +440,7 @@ impl SetTexts {
             };
             (place, written)
         });
-        Self {
-            arrays: (0..parameters.len()).map(array).collect::<Vec<_>>().join(", "),
-            aliases: (0..parameters.len()).map(|number| format!("c{number}")).collect::<Vec<_>>().join(", "),
-            found,
-            written: written.collect(),
-            parameters,
-        }
+        Self { arrays, aliases, found, written: written.collect(), parameters }
     }
 }
 
@@ -407,6 +455,27 @@ fn key_columns(table: &MappedTable) -> Vec<usize> {
             key.unwrap_or_default()
         }
     }
+}
+
+/// Bytes of a binary row before its fields: its own length and the number of fields (PostgreSQL: `record_recv`).
+const ROW_HEADER: usize = 8;
+/// Bytes of each field before its value: type and length.
+const ROW_FIELD: usize = 8;
+/// Columns that a `FROM` may have (PostgreSQL: `MaxTupleAttributeNumber` is 1664); those of sets are the row type's, an array per
+/// column and twice as many at most, and a number.
+const MOST_COLUMNS: usize = 1600;
+
+/// Whether rows of the table's type can stand for some of its columns. A domain may refuse the NULLs of the others. Where most
+/// columns of the table are not mirrored, rows would be mostly of those.
+fn sends_rows(present: &TargetTable, mirrored: usize) -> bool {
+    let columns = present.columns.len();
+    !present.columns.iter().any(|column| column.is_domain) && columns <= 2 * mirrored && columns + 3 * mirrored < MOST_COLUMNS
+}
+
+/// Whether a column is one of those that name a row.
+pub(super) fn names_rows(table: &MappedTable, column: usize) -> bool {
+    let key = key_columns(table);
+    key.is_empty() || key.contains(&column)
 }
 
 /// Types whose binary form is an OID (manual: "Object Identifier Types"), and their arrays.

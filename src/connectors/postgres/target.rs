@@ -44,6 +44,7 @@ pub struct PostgresTarget {
     endpoint: Endpoint,
     owner: Owner,
     apply_connections: usize,
+    triggers_accepted: bool,
     loaders: Arc<Loaders>,
 }
 
@@ -51,7 +52,7 @@ impl PostgresTarget {
     /// The database behind `endpoint`, written for `owner`.
     #[must_use]
     pub fn new(endpoint: Endpoint, owner: Owner) -> Self {
-        Self { endpoint, owner, apply_connections: 1, loaders: Arc::default() }
+        Self { endpoint, owner, apply_connections: 1, triggers_accepted: false, loaders: Arc::default() }
     }
 
     /// The same with another number of connections that changes are applied on; 1 otherwise. More than one are used only
@@ -59,6 +60,14 @@ impl PostgresTarget {
     #[must_use]
     pub fn with_apply_connections(mut self, connections: usize) -> Self {
         self.apply_connections = connections.max(1);
+        self
+    }
+
+    /// The same with triggers and foreign key actions of target tables allowed to fire, where the role may not switch them
+    /// off; otherwise such tables are refused.
+    #[must_use]
+    pub fn with_triggers_accepted(mut self, accepted: bool) -> Self {
+        self.triggers_accepted = accepted;
         self
     }
 
@@ -83,18 +92,19 @@ impl Target for PostgresTarget {
     type Position = Lsn;
     type Applier = PostgresApplier;
 
-    async fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> Result<()> {
+    async fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> Result<Vec<String>> {
         let session = self.session("sluice check").await?;
-        let to_make = within(CHECK_LIMIT, "check the target", async {
+        let checked = within(CHECK_LIMIT, "check the target", async {
             check_writable(&session).await?;
             let mode = choose_mode(&session).await?;
-            check::check(&session, &self.endpoint, &self.owner, &check::Mapping { source, tables, fed }, mode).await
+            let mapping = check::Mapping { source, tables, fed };
+            check::check(&session, &self.endpoint, &self.owner, &mapping, mode, self.triggers_accepted).await
         })
         .await?;
-        for table in to_make {
+        for table in checked.missing {
             within(CHECK_LIMIT, "rehearse the making of a table", ddl::structure::rehearse(&session, table)).await?;
         }
-        Ok(())
+        Ok(checked.notes)
     }
 
     async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, PostgresApplier)> {
@@ -110,7 +120,7 @@ impl Target for PostgresTarget {
             let pids: Vec<i32> = sessions.iter().map(|(_, pid)| *pid).collect();
             let claimed = claim::claim(&sessions[0].0, &pids, key, owner, held).await?;
             let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
-            let applier = PostgresApplier::new(sessions, claimed.claim.clone(), mode, position).await?;
+            let applier = PostgresApplier::new(sessions, claimed.claim.clone(), mode, self.triggers_accepted, position).await?;
             Ok((claimed, applier))
         })
         .await

@@ -417,6 +417,7 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         tables: tables(&said.tables).or(status.tables),
         rows_copied: Some(signed(said.rows_copied)),
         rows_streamed: Some(signed(said.rows_streamed)),
+        apply_mode: said.apply_mode.clone().or(status.apply_mode),
         ..status
     }
 }

@@ -2,7 +2,7 @@
 
 use super::problem::Problem;
 use crate::engine::error::reason;
-use crate::resources::{ExistingRows, Mirror, MirrorSpec, Schema, Snapshot, Table};
+use crate::resources::{ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Schema, Snapshot, Table, TargetTriggers};
 use crate::worker::contract::{EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec};
 use std::collections::BTreeMap;
 
@@ -140,6 +140,7 @@ fn table(table: &Table) -> TableSpec {
         target_schema: target.and_then(|target| target.schema.clone()).unwrap_or_else(|| table.schema.clone()),
         target_name: target.and_then(|target| target.name.clone()).unwrap_or_else(|| table.name.clone()),
         exclude_columns: table.exclude_columns.clone(),
+        accept_narrower_types: table.narrower_types == NarrowerTypes::Accept,
     }
 }
 
@@ -148,6 +149,7 @@ fn schema(schema: &Schema) -> SchemaSpec {
         name: schema.name.clone(),
         target: schema.target.clone().unwrap_or_else(|| schema.name.clone()),
         exclude_tables: schema.exclude_tables.clone(),
+        accept_narrower_types: schema.narrower_types == NarrowerTypes::Accept,
     }
 }
 
@@ -191,6 +193,7 @@ fn stream(spec: &MirrorSpec) -> StreamSpec {
         max_batch_bytes: number(given.and_then(|given| given.max_batch_bytes), 16_777_216),
         max_delay_milliseconds: number(given.and_then(|given| given.max_delay_milliseconds), 5),
         apply_connections: number(given.and_then(|given| given.apply_connections), 2),
+        accept_target_triggers: given.is_some_and(|given| given.target_triggers == TargetTriggers::Accept),
     }
 }
 
@@ -249,23 +252,43 @@ pub(super) mod tests {
         );
         assert_eq!(
             valid.stream,
-            StreamSpec { max_batch_rows: 100_000, max_batch_bytes: 16_777_216, max_delay_milliseconds: 5, apply_connections: 2 }
+            StreamSpec {
+                max_batch_rows: 100_000,
+                max_batch_bytes: 16_777_216,
+                max_delay_milliseconds: 5,
+                apply_connections: 2,
+                accept_target_triggers: false,
+            }
         );
         let schemas = check(json!({"schemas": [{"name": "sales"}]})).expect("valid").schemas.expect("schemas");
         assert_eq!(schemas[0].target, "sales");
+        assert!(!schemas[0].accept_narrower_types);
     }
 
     #[test]
     fn what_is_given_wins() {
         let valid = check(json!({
-            "tables": [{"name": "users"}],
+            "tables": [{"name": "users"}, {"name": "orders", "narrowerTypes": "Accept"}],
             "snapshot": {"existingRows": "Truncate", "rowsPerPartition": 1000, "tablesInParallel": 1, "workersPerTable": 2, "indexes": false, "foreignKeys": false},
-            "stream": {"maxBatchRows": 7, "maxBatchBytes": 65536, "maxDelayMilliseconds": 0, "applyConnections": 4},
+            "stream": {"maxBatchRows": 7, "maxBatchBytes": 65536, "maxDelayMilliseconds": 0, "applyConnections": 4, "targetTriggers": "Accept"},
         }))
         .expect("valid");
         assert!(valid.snapshot.truncate && !valid.snapshot.indexes && !valid.snapshot.foreign_keys);
         assert_eq!((valid.snapshot.rows_per_partition, valid.snapshot.tables_in_parallel, valid.snapshot.workers_per_table), (1000, 1, 2));
-        assert_eq!(valid.stream, StreamSpec { max_batch_rows: 7, max_batch_bytes: 65536, max_delay_milliseconds: 0, apply_connections: 4 });
+        assert_eq!(
+            valid.stream,
+            StreamSpec {
+                max_batch_rows: 7,
+                max_batch_bytes: 65536,
+                max_delay_milliseconds: 0,
+                apply_connections: 4,
+                accept_target_triggers: true,
+            }
+        );
+        let accepting: Vec<bool> = valid.tables.expect("tables").iter().map(|table| table.accept_narrower_types).collect();
+        assert_eq!(accepting, [false, true]);
+        let schemas = check(json!({"schemas": [{"name": "sales", "narrowerTypes": "Accept"}]})).expect("valid").schemas.expect("schemas");
+        assert!(schemas[0].accept_narrower_types);
     }
 
     #[test]

@@ -36,8 +36,8 @@ pub(super) fn next_chunk<'a>(
     rows: &mut &'a [Row],
 ) -> Result<Chunk<'a>> {
     let mut known: Vec<Option<bool>> = vec![None; parameters.len()];
-    let mut bytes = 0;
-    let mut count = 0;
+    let (mut bytes, mut count) = (0, 0);
+    let overhead = writer.row_overhead(parameters);
     for &row in *rows {
         let alike = |(parameter, known): (&Parameter, &Option<bool>)| match (parameter.side, parameter.cell(images, row).kind, known) {
             (Side::Kept, ..) => true,
@@ -45,7 +45,7 @@ pub(super) fn next_chunk<'a>(
             (_, CellKind::Binary, Some(binary)) => *binary,
             _ => true,
         };
-        let size: usize = parameters.iter().map(|parameter| parameter.size(images, row)).sum();
+        let size = overhead + parameters.iter().map(|parameter| parameter.size(images, row)).sum::<usize>();
         if count > 0 && (bytes + size > STATEMENT_BYTES || !parameters.iter().zip(&known).all(alike)) {
             break;
         }
@@ -121,20 +121,60 @@ impl ToSql for OneCell<'_> {
     to_sql_checked!();
 }
 
-/// One column of many rows, as a one-dimensional array.
-pub(super) struct CellArray<'a> {
+/// One argument of a set statement: a one-dimensional array with an element for each row.
+pub(super) struct SetArgument<'a> {
     pub images: &'a Images<'a>,
     pub rows: &'a [Row],
-    pub parameter: Parameter,
+    pub elements: Elements,
 }
 
-impl fmt::Debug for CellArray<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "column {} of {} rows", self.parameter.column, self.rows.len())
+/// What the elements of an array are.
+pub(super) enum Elements {
+    /// Values of one column.
+    Values(Parameter),
+    /// Rows of the table's type: by place, what is in it. All other columns are NULL.
+    Rows(Vec<Option<Parameter>>),
+}
+
+impl<'a> SetArgument<'a> {
+    /// All arguments for these parameters, in the order in which the statement has them.
+    pub fn all(
+        images: &'a Images<'a>,
+        writer: &TableWriter,
+        rows: &'a [Row],
+        parameters: &[Parameter],
+        encodings: &Encodings,
+    ) -> Vec<Self> {
+        let argument = |elements| Self { images, rows, elements };
+        let mut in_row: Vec<Option<Parameter>> = Vec::new();
+        let mut arguments = Vec::with_capacity(parameters.len());
+        let in_rows: Vec<usize> = writer.in_rows(parameters, encodings).collect();
+        for (number, parameter) in parameters.iter().enumerate() {
+            if in_rows.contains(&number) {
+                let place = writer.place(parameter.column);
+                in_row.resize(in_row.len().max(place + 1), None);
+                in_row[place] = Some(*parameter);
+            } else {
+                arguments.push(argument(Elements::Values(*parameter)));
+            }
+        }
+        if !in_rows.is_empty() {
+            arguments.push(argument(Elements::Rows(in_row)));
+        }
+        arguments
     }
 }
 
-impl ToSql for CellArray<'_> {
+impl fmt::Debug for SetArgument<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.elements {
+            Elements::Values(parameter) => write!(f, "column {} of {} rows", parameter.column, self.rows.len()),
+            Elements::Rows(_) => write!(f, "{} rows", self.rows.len()),
+        }
+    }
+}
+
+impl ToSql for SetArgument<'_> {
     /// The array's binary form (PostgreSQL: `array_recv`): dimensions, has-null flag, element type, length, lower bound,
     /// then each element with its length.
     fn to_sql(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, EncodeError> {
@@ -147,12 +187,17 @@ impl ToSql for CellArray<'_> {
         out.put_i32(i32::try_from(self.rows.len())?);
         out.put_i32(1);
         for &row in self.rows {
-            let cell = self.parameter.cell(self.images, row);
-            if self.parameter.side == Side::Kept {
-                out.put_i32(1);
-                out.put_u8(u8::from(cell.kind == CellKind::Unchanged));
-            } else {
-                put_field(self.images, cell, out);
+            match &self.elements {
+                Elements::Values(parameter) => {
+                    let cell = parameter.cell(self.images, row);
+                    if parameter.side == Side::Kept {
+                        out.put_i32(1);
+                        out.put_u8(u8::from(cell.kind == CellKind::Unchanged));
+                    } else {
+                        put_field(self.images, cell, out);
+                    }
+                }
+                Elements::Rows(places) => put_row(self.images, row, places, element, out)?,
             }
         }
         Ok(IsNull::No)
@@ -163,6 +208,26 @@ impl ToSql for CellArray<'_> {
     }
 
     to_sql_checked!();
+}
+
+/// A row behind its length (PostgreSQL: `record_recv`): the number of fields, then each with its type.
+fn put_row(images: &Images<'_>, row: Row, places: &[Option<Parameter>], ty: &Type, out: &mut BytesMut) -> Result<(), EncodeError> {
+    let Kind::Composite(fields) = ty.kind() else {
+        return Err(format!("{ty} is not a row type").into());
+    };
+    let start = out.len();
+    out.put_i32(0);
+    out.put_i32(i32::try_from(fields.len())?);
+    for (place, field) in fields.iter().enumerate() {
+        out.put_u32(field.type_().oid());
+        match places.get(place).copied().flatten() {
+            Some(parameter) => put_field(images, parameter.cell(images, row), out),
+            None => out.put_i32(-1),
+        }
+    }
+    let length = i32::try_from(out.len() - start - size_of::<i32>())?;
+    out[start..start + size_of::<i32>()].copy_from_slice(&length.to_be_bytes());
+    Ok(())
 }
 
 /// A value behind its length; NULL, which also stands for a value that is not written, is the length −1.

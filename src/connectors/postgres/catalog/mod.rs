@@ -34,7 +34,11 @@ async fn by_name(session: &Session, tables: &[TableSelection]) -> Result<Vec<(Re
     let mut wishes = HashMap::new();
     for table in tables {
         rules::refuse_reserved(&table.source)?;
-        let wish = Wish { target: table.target.clone(), excluded: table.exclude_columns.clone() };
+        let wish = Wish {
+            target: table.target.clone(),
+            excluded: table.exclude_columns.clone(),
+            accept_narrower_types: table.accept_narrower_types,
+        };
         if wishes.insert(table.source.clone(), wish).is_some() {
             return Err(Error::stop(reason::INVALID_SPEC, format!("table {} is given twice", table.source)));
         }
@@ -73,9 +77,13 @@ async fn by_schema(session: &Session, schemas: &[SchemaSelection]) -> Result<Vec
     relations.retain(|relation| relation.is_table() && !chosen[relation.name.schema.as_str()].exclude_tables.contains(&relation.name.name));
     let ids: HashSet<u32> = relations.iter().map(|relation| relation.id).collect();
     relations.retain(|relation| !relation.ancestors.iter().any(|ancestor| ids.contains(ancestor)));
-    let wish = |relation: &Relation| Wish {
-        target: QualifiedName::new(&chosen[relation.name.schema.as_str()].target, &relation.name.name),
-        excluded: Vec::new(),
+    let wish = |relation: &Relation| {
+        let schema = chosen[relation.name.schema.as_str()];
+        Wish {
+            target: QualifiedName::new(&schema.target, &relation.name.name),
+            excluded: Vec::new(),
+            accept_narrower_types: schema.accept_narrower_types,
+        }
     };
     Ok(relations
         .into_iter()

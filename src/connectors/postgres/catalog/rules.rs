@@ -25,6 +25,8 @@ pub struct Wish {
     pub target: QualifiedName,
     /// Columns that never leave the source.
     pub excluded: Vec<String>,
+    /// Target columns may have narrower type modifiers.
+    pub accept_narrower_types: bool,
 }
 
 /// The table as mapped, or why it can't be followed.
@@ -249,6 +251,7 @@ fn mapped(relation: &Relation, wish: &Wish, key: &Key) -> MappedTable {
         target: wish.target.clone(),
         generated,
         excluded: wish.excluded.clone(),
+        accept_narrower_types: wish.accept_narrower_types,
         primary_key: primary_key.map(|key| key.columns.clone()).unwrap_or_default(),
         primary_key_name: primary_key.and_then(|key| key.name.clone()),
         estimated_rows: relation.estimated_rows,

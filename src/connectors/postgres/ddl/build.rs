@@ -122,6 +122,7 @@ mod tests {
             target: QualifiedName::new("Copy", "people"),
             generated: Vec::new(),
             excluded: Vec::new(),
+            accept_narrower_types: false,
             primary_key: Vec::new(),
             primary_key_name: None,
             estimated_rows: 0,

@@ -1,6 +1,7 @@
 //! Whether an existing target table can take the source's rows. Pure.
 
 use super::super::sql::{qualified, quote_ident};
+use super::super::statements::names_rows;
 use super::describe::{TargetColumn, TargetTable};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::{Column, MappedTable};
@@ -10,13 +11,13 @@ use crate::engine::table::{Column, MappedTable};
 /// # Errors
 /// `TargetTableIncompatible` for the first column that does not fit.
 pub(in super::super) fn check_compatible(table: &MappedTable, present: &TargetTable) -> Result<()> {
-    for column in &table.version.columns {
+    for (position, column) in table.version.columns.iter().enumerate() {
         match present.column(&column.name) {
             None => {
                 let cure = format!("ADD COLUMN {} {}", quote_ident(&column.name), column.declared);
                 return Err(refuse(table, &column.name, "is missing", &cure));
             }
-            Some(target) => check_column(table, column, target)?,
+            Some(target) => check_column(table, position, target)?,
         }
     }
     for column in &table.generated {
@@ -32,7 +33,18 @@ pub(in super::super) fn check_compatible(table: &MappedTable, present: &TargetTa
     Ok(())
 }
 
-fn check_column(table: &MappedTable, source: &Column, target: &TargetColumn) -> Result<()> {
+/// Columns that are narrower than the source's, each with both types, for people.
+pub(in super::super) fn narrower(table: &MappedTable, present: &TargetTable) -> Vec<String> {
+    let narrower = table.version.columns.iter().filter_map(|source| {
+        let target = present.column(&source.name)?;
+        let fits = fit(&source.type_name.name, &source.declared, &target.declared) == Fit::Whole;
+        (!fits).then(|| format!("{} is {}, the source's {}", source.name, target.declared, source.declared))
+    });
+    narrower.collect()
+}
+
+fn check_column(table: &MappedTable, position: usize, target: &TargetColumn) -> Result<()> {
+    let source = &table.version.columns[position];
     let name = &source.name;
     let change_type = || format!("ALTER COLUMN {} TYPE {}", quote_ident(name), source.declared);
     let same_type = source.type_name == target.type_name || (target.from_extension && source.type_name.name == target.type_name.name);
@@ -40,9 +52,18 @@ fn check_column(table: &MappedTable, source: &Column, target: &TargetColumn) -> 
         let what = format!("has type {} but the source's is {}", target.declared, source.declared);
         return Err(refuse(table, name, &what, &change_type()));
     }
-    if !holds(&source.type_name.name, &source.declared, &target.declared) {
-        let what = format!("has type {}, narrower than the source's {}", target.declared, source.declared);
-        return Err(refuse(table, name, &what, &change_type()));
+    match fit(&source.type_name.name, &source.declared, &target.declared) {
+        Fit::OrChanged if names_rows(table, position) => {
+            let what =
+                format!("names rows and has type {}, in which values of the source's {} may change", target.declared, source.declared);
+            return Err(refuse(table, name, &what, &change_type()));
+        }
+        Fit::OrRefused | Fit::OrChanged if !table.accept_narrower_types => {
+            let what = format!("has type {}, narrower than the source's {}", target.declared, source.declared);
+            let cure = format!("{}, or in the Mirror set the table's narrowerTypes to Accept", change_type());
+            return Err(refuse(table, name, &what, &cure));
+        }
+        Fit::Whole | Fit::OrRefused | Fit::OrChanged => {}
     }
     if target.generated {
         let cure = format!("ALTER COLUMN {} DROP EXPRESSION", quote_ident(name));
@@ -80,24 +101,39 @@ fn refuse(table: &MappedTable, column: &str, what: &str, cure: &str) -> Error {
     )
 }
 
-/// Whether every value of the source's declared type fits into the target's of the same type, unchanged. Only the
-/// modifiers can differ.
-fn holds(type_name: &str, source: &str, target: &str) -> bool {
+/// What becomes of the values of the source's declared type in a column of the target's, of the same type. Only the modifiers
+/// can differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    /// All fit, unchanged.
+    Whole,
+    /// The server refuses one that does not fit. (Of trailing spaces it cuts what is too much: manual, "Character Types".)
+    OrRefused,
+    /// The server may make another value of one that does not fit: it rounds.
+    OrChanged,
+}
+
+fn fit(type_name: &str, source: &str, target: &str) -> Fit {
     let (source, target) = (modifiers(source), modifiers(target));
     if source == target {
-        return true;
+        return Fit::Whole;
     }
+    let whole_or = |fits: bool, otherwise| if fits { Fit::Whole } else { otherwise };
+    let element = type_name.trim_start_matches('_');
     let Some(target) = target else {
         // Without a modifier everything fits, but char and bit without one have length 1.
-        return !matches!(type_name, "bpchar" | "bit");
+        return whole_or(!matches!(element, "bpchar" | "bit"), Fit::OrRefused);
     };
-    let Some(source) = source else { return false };
-    match (type_name.trim_start_matches('_'), source.as_slice(), target.as_slice()) {
-        ("varchar" | "varbit" | "timestamp" | "timestamptz" | "time" | "timetz", [source], [target]) => source <= target,
-        ("numeric", [precision, scale], [target_precision, target_scale]) => {
-            scale <= target_scale && precision - scale <= target_precision - target_scale
+    match (element, source.as_deref(), target.as_slice()) {
+        ("varchar" | "varbit", source, [target]) => whole_or(matches!(source, Some([source]) if source <= target), Fit::OrRefused),
+        ("bpchar" | "bit", ..) => Fit::OrRefused,
+        ("timestamp" | "timestamptz" | "time" | "timetz", source, [target]) => {
+            whole_or(matches!(source, Some([source]) if source <= target), Fit::OrChanged)
         }
-        _ => false,
+        ("numeric", Some([precision, scale]), [target_precision, target_scale]) if scale <= target_scale => {
+            whole_or(precision - scale <= target_precision - target_scale, Fit::OrRefused)
+        }
+        _ => Fit::OrChanged,
     }
 }
 
@@ -146,34 +182,43 @@ mod tests {
             always_identity: false,
             from_extension: false,
             is_array: false,
+            is_domain: false,
             equality: Equality::Bytes,
             operator: "=".into(),
         }
     }
 
-    fn check(columns: Vec<Column>, generated: Vec<Column>, present: Vec<TargetColumn>) -> Result<()> {
+    fn mapped(columns: Vec<Column>, generated: Vec<Column>) -> MappedTable {
         let name = QualifiedName::new("public", "t");
-        let table = MappedTable {
+        MappedTable {
             version: Arc::new(TableVersion { id: 1, name: name.clone(), columns, identity: Identity::Key, differs: None }),
             target: name,
             generated,
             excluded: vec![],
+            accept_narrower_types: false,
             primary_key: vec!["id".into()],
             primary_key_name: None,
             estimated_rows: 0,
             blocks: 0,
             structure: Arc::default(),
-        };
-        let present = TargetTable {
+        }
+    }
+
+    fn present(columns: Vec<TargetColumn>) -> TargetTable {
+        TargetTable {
             partitioned: false,
-            columns: present,
+            columns,
             unique: vec![],
             triggers: vec![],
             always_triggers: vec![],
             cascades: vec![],
+            loses_rows: false,
             has_foreign_keys: false,
-        };
-        check_compatible(&table, &present)
+        }
+    }
+
+    fn check(columns: Vec<Column>, generated: Vec<Column>, there: Vec<TargetColumn>) -> Result<()> {
+        check_compatible(&mapped(columns, generated), &present(there))
     }
 
     #[test]
@@ -211,23 +256,54 @@ mod tests {
     }
 
     #[test]
-    fn narrower_modifiers_do_not_hold() {
+    fn narrower_modifiers_are_told_from_those_that_round() {
+        use Fit::{OrChanged, OrRefused, Whole};
         for (type_name, source, target, fits) in [
-            ("varchar", "character varying(10)", "character varying(20)", true),
-            ("varchar", "character varying(20)", "character varying(10)", false),
-            ("varchar", "character varying", "character varying(10)", false),
-            ("varchar", "character varying(10)", "character varying", true),
-            ("_varchar", "character varying(10)[]", "character varying(20)[]", true),
-            ("numeric", "numeric(12,2)", "numeric(14,4)", true),
-            ("numeric", "numeric(12,2)", "numeric(12,4)", false),
-            ("numeric", "numeric(12,2)", "numeric", true),
-            ("timestamptz", "timestamp(3) with time zone", "timestamp(0) with time zone", false),
-            ("bpchar", "character(5)", "character(6)", false),
-            ("bit", "bit(3)", "bit(3)", true),
-            ("geometry", "public.geometry(Point,4326)", "public.geometry(Line,4326)", false),
-            ("odd", r#""a(1)""#, r#""a(1)""#, true),
+            ("varchar", "character varying(10)", "character varying(20)", Whole),
+            ("varchar", "character varying(20)", "character varying(10)", OrRefused),
+            ("varchar", "character varying", "character varying(10)", OrRefused),
+            ("varchar", "character varying(10)", "character varying", Whole),
+            ("_varchar", "character varying(10)[]", "character varying(20)[]", Whole),
+            ("_varchar", "character varying(10)[]", "character varying(2)[]", OrRefused),
+            ("numeric", "numeric(12,2)", "numeric(14,4)", Whole),
+            ("numeric", "numeric(12,2)", "numeric(12,4)", OrRefused),
+            ("numeric", "numeric(12,2)", "numeric(12,1)", OrChanged),
+            ("numeric", "numeric", "numeric(12,1)", OrChanged),
+            ("numeric", "numeric(12,2)", "numeric", Whole),
+            ("timestamptz", "timestamp(3) with time zone", "timestamp(0) with time zone", OrChanged),
+            ("timestamptz", "timestamp with time zone", "timestamp(3) with time zone", OrChanged),
+            ("time", "time(3) without time zone", "time(4) without time zone", Whole),
+            ("interval", "interval", "interval(3)", OrChanged),
+            ("bpchar", "character(5)", "character(6)", OrRefused),
+            ("bpchar", "character(5)", "character(3)", OrRefused),
+            ("bit", "bit(3)", "bit(3)", Whole),
+            ("geometry", "public.geometry(Point,4326)", "public.geometry(Line,4326)", OrChanged),
+            ("odd", r#""a(1)""#, r#""a(1)""#, Whole),
         ] {
-            assert_eq!(holds(type_name, source, target), fits, "{source} into {target}");
+            assert_eq!(fit(type_name, source, target), fits, "{source} into {target}");
         }
+    }
+
+    #[test]
+    fn narrower_types_are_taken_when_asked_for_but_rows_are_named_by_what_the_source_has() {
+        let numeric = || source("n", "numeric", "numeric(12,2)");
+        let rounding = || target("n", "numeric", "numeric(12,1)");
+        let id = || (source("id", "int4", "integer"), target("id", "int4", "integer"));
+        let mut table = mapped(vec![id().0, numeric()], vec![]);
+        let there = present(vec![id().1, rounding()]);
+        let error = check_compatible(&table, &there).unwrap_err();
+        assert!(error.message.contains("set the table's narrowerTypes to Accept"), "{error}");
+        table.accept_narrower_types = true;
+        check_compatible(&table, &there).unwrap();
+        assert_eq!(narrower(&table, &there), ["n is numeric(12,1), the source's numeric(12,2)"]);
+
+        let mut key = mapped(vec![numeric()], vec![]);
+        Arc::make_mut(&mut key.version).columns[0].key = true;
+        key.accept_narrower_types = true;
+        let error = check_compatible(&key, &present(vec![rounding()])).unwrap_err();
+        assert!(error.message.contains("names rows") && !error.message.contains("narrowerTypes"), "{error}");
+        let mut short = mapped(vec![source("id", "varchar", "character varying(9)")], vec![]);
+        short.accept_narrower_types = true;
+        check_compatible(&short, &present(vec![target("id", "varchar", "character varying(4)")])).unwrap();
     }
 }

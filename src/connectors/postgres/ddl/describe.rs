@@ -32,6 +32,8 @@ pub(in super::super) struct TargetColumn {
     /// The type belongs to an extension, whose schema may differ between servers.
     pub from_extension: bool,
     pub is_array: bool,
+    /// The type is a domain.
+    pub is_domain: bool,
     pub equality: Equality,
     /// The equality operator, for types whose operators are not in `pg_catalog`.
     pub operator: String,
@@ -64,6 +66,8 @@ pub(in super::super) struct TargetTable {
     pub always_triggers: Vec<String>,
     /// Foreign keys of other tables whose actions change those.
     pub cascades: Vec<String>,
+    /// A foreign key of the table deletes its rows with those that they refer to.
+    pub loses_rows: bool,
     /// A foreign key points from or to the table.
     pub has_foreign_keys: bool,
 }
@@ -177,7 +181,8 @@ pub(in super::super) async fn describe(client: &Client, name: &QualifiedName) ->
     let unique = unique_indexes(client, oid).await?;
     let (triggers, always_triggers) = triggers(client, oid).await?;
     let foreign_keys = format!(
-        "SELECT conname, bool_or(confrelid IN {PARTITIONS} AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd')))
+        "SELECT conname, bool_or(confrelid IN {PARTITIONS} AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd'))),
+                bool_or(conrelid IN {PARTITIONS} AND confdeltype = 'c')
          FROM pg_constraint WHERE contype = 'f' AND (conrelid IN {PARTITIONS} OR confrelid IN {PARTITIONS})
          GROUP BY conname ORDER BY conname"
     );
@@ -190,6 +195,7 @@ pub(in super::super) async fn describe(client: &Client, name: &QualifiedName) ->
         always_triggers,
         has_foreign_keys: !foreign.is_empty(),
         cascades: foreign.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect(),
+        loses_rows: foreign.iter().any(|row| row.get(2)),
     }))
 }
 
@@ -203,7 +209,7 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
                     a.attgenerated <> '', a.attidentity = 'a', bn.nspname, b.typname, b.typtype::text,
                     coalesce(co.collisdeterministic, true),
                     EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'),
-                    b.typcategory = 'A',
+                    b.typcategory = 'A', b.oid <> t.oid,
                     (SELECT opn.nspname FROM pg_opclass oc JOIN pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
                        JOIN pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3
                          AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
@@ -222,7 +228,7 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
         .iter()
         .map(|row| {
             let base = QualifiedName::new(row.get::<_, String>(8), row.get::<_, String>(9));
-            let operator = match row.get::<_, Option<&str>>(14) {
+            let operator = match row.get::<_, Option<&str>>(15) {
                 Some(schema) if schema != "pg_catalog" => format!("OPERATOR({}.=)", quote_ident(schema)),
                 _ => "=".to_owned(),
             };
@@ -236,6 +242,7 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
                 always_identity: row.get(7),
                 from_extension: row.get(12),
                 is_array: row.get(13),
+                is_domain: row.get(14),
                 equality: equality(&base, row.get(10), row.get(11)),
                 operator,
             }

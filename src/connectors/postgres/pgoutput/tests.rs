@@ -32,6 +32,7 @@ pub fn table(identity: Identity) -> MappedTable {
         target: QualifiedName::new("public", "t"),
         generated: Vec::new(),
         excluded: Vec::new(),
+        accept_narrower_types: false,
         primary_key: vec!["id".into()],
         primary_key_name: None,
         estimated_rows: 0,

@@ -153,7 +153,8 @@ async fn check(session: &Session, server: &Server, tables: &[&MappedTable]) -> R
     tables.iter().try_for_each(|table| {
         let changed = || Error::retry(reason::SCHEMA_CHANGED, format!("{} changed while it was about to be published", table.source()));
         let relation = relations.iter().find(|relation| relation.id == table.version.id).ok_or_else(changed)?;
-        let wish = Wish { target: table.target.clone(), excluded: table.excluded.clone() };
+        let wish =
+            Wish { target: table.target.clone(), excluded: table.excluded.clone(), accept_narrower_types: table.accept_narrower_types };
         let now = rules::map(relation, &wish, server)?;
         if now.version == table.version && now.generated == table.generated { Ok(()) } else { Err(changed()) }
     })

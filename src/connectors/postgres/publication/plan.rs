@@ -131,6 +131,7 @@ mod tests {
             target: name,
             generated: Vec::new(),
             excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
+            accept_narrower_types: false,
             primary_key: vec!["id".into()],
             primary_key_name: None,
             estimated_rows: 0,

@@ -18,15 +18,26 @@ pub(super) struct Mapping<'a> {
     pub fed: &'a [Fed],
 }
 
+/// What has passed.
+pub(super) struct Checked<'a> {
+    /// Tables that are to be made.
+    pub missing: Vec<&'a MappedTable>,
+    /// What people should know.
+    pub notes: Vec<String>,
+}
+
+/// Tables that a note names.
+const NAMED_TABLES: usize = 5;
+
 /// All checks, in an order in which the first failure is the most telling.
-/// Tables that are to be made are left over.
 pub(super) async fn check<'a>(
     session: &Session,
     endpoint: &Endpoint,
     owner: &Owner,
     mapping: &Mapping<'a>,
     mode: ApplyMode,
-) -> Result<Vec<&'a MappedTable>> {
+    triggers_accepted: bool,
+) -> Result<Checked<'a>> {
     let &Mapping { source, tables, fed } = mapping;
     let (system_identifier, database) = identity(session).await?;
     let same_database = system_identifier == source.system_identifier && database == source.database;
@@ -36,20 +47,28 @@ pub(super) async fn check<'a>(
     if schema::version(session).await?.is_some() {
         check_written_by_others(session, owner, tables).await?;
     }
-    let mut missing = Vec::new();
+    let (mut missing, mut fires) = (Vec::new(), Vec::new());
     for table in tables {
         match ddl::describe(session, &table.target).await? {
             None => missing.push(table),
             Some(present) => {
                 ddl::check_compatible(table, &present)?;
-                ddl::check_fires(table, &present, mode, &endpoint.username)?;
+                fires.extend(ddl::check_fires(table, &present, mode, triggers_accepted, &endpoint.username)?);
                 check_privileges(session, &table.target, &endpoint.username).await?;
             }
         }
     }
     check_may_create(session, &missing, endpoint).await?;
     ddl::check_needs(session, &missing).await?;
-    Ok(missing)
+    Ok(Checked { missing, notes: note_fires(&fires).into_iter().collect() })
+}
+
+/// What was accepted, in one sentence.
+fn note_fires(fires: &[String]) -> Option<String> {
+    let (first, more) = fires.split_at(fires.len().min(NAMED_TABLES));
+    let more = if more.is_empty() { String::new() } else { format!("; and of {} more tables", more.len()) };
+    (!first.is_empty())
+        .then(|| format!("triggers or foreign key actions of target tables fire on mirrored changes ({}{more})", first.join("; ")))
 }
 
 /// System identifier and database of the target.

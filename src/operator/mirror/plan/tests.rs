@@ -48,9 +48,9 @@ fn a_small_mirror() {
 #[test]
 fn a_mirror_with_everything() {
     let mirror = mirror(json!({
-        "tables": [{"name": "users"}, {"schema": "sales", "name": "orders", "target": {"schema": "dw", "name": "o"}, "excludeColumns": ["ssn"]}],
+        "tables": [{"name": "users"}, {"schema": "sales", "name": "orders", "target": {"schema": "dw", "name": "o"}, "excludeColumns": ["ssn"], "narrowerTypes": "Accept"}],
         "snapshot": {"existingRows": "Truncate", "rowsPerPartition": 1000, "tablesInParallel": 2, "workersPerTable": 3, "indexes": false, "foreignKeys": false},
-        "stream": {"maxBatchRows": 10, "maxBatchBytes": 65536, "maxDelayMilliseconds": 100, "applyConnections": 3},
+        "stream": {"maxBatchRows": 10, "maxBatchBytes": 65536, "maxDelayMilliseconds": 100, "applyConnections": 3, "targetTriggers": "Accept"},
         "slotName": "shop_slot", "publicationName": "shop_publication", "suspend": true,
         "worker": {
             "image": "registry/sluice:pinned",

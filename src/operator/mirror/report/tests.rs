@@ -151,13 +151,14 @@ fn an_unknown_reason_of_a_newer_worker_stays_readable() {
 
 #[test]
 fn numbers_are_those_of_the_worker() {
-    let more = json!({"received": "0/20", "applied": "0/18", "confirmed": "0/10", "lagBytes": 1_258_291, "lagSeconds": 3, "tables": {"Ready": 1, "Copying": 2}});
+    let more = json!({"received": "0/20", "applied": "0/18", "confirmed": "0/10", "lagBytes": 1_258_291, "lagSeconds": 3, "tables": {"Ready": 1, "Copying": 2}, "applyMode": "Ordered"});
     let status = reported(&mirror(false), None, &answers("Copying", more));
     assert_eq!(status.position, Some(Position { received: Some("0/20".into()), applied: Some("0/10".into()) }));
     assert_eq!((status.lag.as_deref(), status.lag_bytes, status.lag_seconds), (Some("1.2 MiB, 3s"), Some(1_258_291), Some(3)));
     let tables = status.tables.expect("tables");
     assert_eq!((tables.summary.as_deref(), tables.by_state["Copying"]), (Some("1/3"), 2));
     assert_eq!((status.rows_copied, status.rows_streamed), (Some(10), Some(5)));
+    assert_eq!(status.apply_mode.as_deref(), Some("Ordered"));
     let worker = status.worker.expect("a worker");
     assert_eq!((worker.pod.as_deref(), worker.address.as_deref(), worker.epoch), (Some("p"), Some("10.0.0.1:8080"), Some(2)));
     assert_eq!((status.slot.as_deref(), status.publication.as_deref()), (Some("s"), Some("pub")));

@@ -57,7 +57,11 @@ fn leaf(identity: DeclaredIdentity) -> Leaf {
 }
 
 fn wish(excluded: &[&str]) -> Wish {
-    Wish { target: QualifiedName::new("dw", "orders"), excluded: excluded.iter().map(|name| (*name).to_owned()).collect() }
+    Wish {
+        target: QualifiedName::new("dw", "orders"),
+        excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
+        accept_narrower_types: false,
+    }
 }
 
 fn refused(relation: &Relation, excluded: &[&str]) -> (&'static str, String) {
