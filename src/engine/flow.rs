@@ -166,6 +166,10 @@ where
 
     progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();
+    // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before the
+    // source is taken, so it is looked at once more.
+    begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
+    source.take(&mut applier).await?;
     let start = begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
     let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let handover = match start {

@@ -153,6 +153,12 @@ pub trait Source: Send + Sync + 'static {
     /// come round again.
     fn fed(&self, tables: &[MappedTable]) -> impl Future<Output = Result<Vec<Fed>>> + Send;
 
+    /// Becomes the only worker that may change the source for this stream, until somebody claims it and takes it in turn. Whoever
+    /// did so before is ended, if the claim stands. [`Self::publish`], [`Self::create_log`], [`Self::drop_log`],
+    /// [`Self::snapshot`] and [`Self::open`] come after it and fail, class `Retry`, when it is over; what they rest on
+    /// ([`Self::published`], [`Self::log_state`]) must be read after it too.
+    fn take<P: Proof>(&self, claim: &mut P) -> impl Future<Output = Result<()>> + Send;
+
     /// Makes the publication hold exactly these tables and columns. Identity, column list and filter of each table that
     /// comes in are checked in the same source transaction under a lock, so that no table whose users' writes the source
     /// would refuse is ever published.
@@ -414,9 +420,18 @@ pub trait Target: Send + Sync + 'static {
     fn relate(&self, claim: &Claim, tables: &[MappedTable], tell: Tell<'_>) -> impl Future<Output = Result<Vec<String>>> + Send;
 }
 
+/// The holder of a claim.
+pub trait Proof: Send {
+    /// Proves that the claim still stands.
+    ///
+    /// # Errors
+    /// Class `Fenced` when somebody else has claimed the stream.
+    fn prove(&mut self) -> impl Future<Output = Result<()>> + Send;
+}
+
 /// The one writer of a stream, bound to the connections that it was claimed with: an error ends it, and the next claim makes
 /// a new one. It may hold parts that are *in flight*: accepted by [`Self::apply`], their outcome not given yet.
-pub trait Apply: Send + 'static {
+pub trait Apply: Proof + 'static {
     /// Positions of the source.
     type Position: Position;
 
