@@ -139,7 +139,9 @@ async fn two_tables() -> (Postgres, Postgres, Client, Client) {
     let (source, target) = (Postgres::start(15), Postgres::start(15));
     let (left, right) = (source.create_database("shop").await, target.create_database("dw").await);
     for name in ["a", "b"] {
-        let seed = format!("CREATE TABLE {name} (id int PRIMARY KEY, note text); INSERT INTO {name} SELECT g, 'first' FROM generate_series(1, 100) g");
+        let seed = format!(
+            "CREATE TABLE {name} (id int PRIMARY KEY, note text); INSERT INTO {name} SELECT g, 'first' FROM generate_series(1, 100) g"
+        );
         left.batch_execute(&seed).await.expect("the seed");
     }
     (source, target, left, right)
@@ -184,7 +186,12 @@ async fn a_worker_that_is_stuck_in_making_its_slot_leaves_none() {
     let maker = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = 'sluice_test'";
     let first: i32 = left.query_one(maker, &[]).await.expect("a slot in the making").get(0);
     let new = Worker::start((&source, "shop"), (&target, "dw"), &["b"]);
-    wait_sql(&left, 60, &format!("SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'sluice_test' AND active_pid <> {first})")).await;
+    wait_sql(
+        &left,
+        60,
+        &format!("SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'sluice_test' AND active_pid <> {first})"),
+    )
+    .await;
     writer.batch_execute("COMMIT").await.expect("a commit");
     new.wait_streaming().await;
     assert_only_the_new_one_is_left(&left, &right, old, &new).await;

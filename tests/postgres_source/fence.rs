@@ -26,7 +26,8 @@ impl Proof for Lost {
 
 /// Tables that are published, and the slot with where it was made.
 async fn shown(database: &Database) -> Option<String> {
-    let shown = "SELECT concat_ws(' ', (SELECT string_agg(tablename, ',' ORDER BY tablename) FROM pg_publication_tables WHERE pubname = $1),
+    let shown =
+        "SELECT concat_ws(' ', (SELECT string_agg(tablename, ',' ORDER BY tablename) FROM pg_publication_tables WHERE pubname = $1),
         (SELECT concat(confirmed_flush_lsn, active) FROM pg_replication_slots WHERE slot_name = $2))";
     database.admin.query_one(shown, &[&database.publication(), &database.slot()]).await.unwrap().get(0)
 }

@@ -24,6 +24,7 @@ use crate::engine::roles::Proof;
 use sha2::{Digest as _, Sha256};
 use std::time::Duration;
 use tokio::time::Instant;
+use tokio_postgres::types::ToSql;
 
 /// How long ended sessions may take to be gone.
 const RELEASE_LIMIT: Duration = Duration::from_secs(15);
@@ -67,7 +68,8 @@ pub(super) async fn take(statements: &Session, slots: &mut ReplicationClient, sl
     loop {
         // A session that has the lock already is given it once more.
         let (first, second) = futures::future::try_join(try_lock(statements, keys.statements), try_lock_slots(slots, keys.slots)).await?;
-        let taken: Vec<i64> = [(keys.statements, first), (keys.slots, second)].iter().filter(|(_, got)| !got).map(|(key, _)| *key).collect();
+        let taken: Vec<i64> =
+            [(keys.statements, first), (keys.slots, second)].iter().filter(|(_, got)| !got).map(|(key, _)| *key).collect();
         if taken.is_empty() {
             return claim.prove().await;
         }
@@ -99,8 +101,8 @@ pub(super) async fn take_for_good(session: &Session, slot: &str) -> Result<()> {
 }
 
 async fn try_lock(session: &Session, key: i64) -> Result<bool> {
-    let lock = session.query_one("SELECT pg_try_advisory_lock($1)", &[&key]);
-    Ok(answer(Side::Source, "take the source's set-up", lock).await?.get(0))
+    const LOCK: &str = "SELECT pg_try_advisory_lock($1)";
+    Ok(answer(Side::Source, "take the source's set-up", session.query_one(LOCK, &[&key])).await?.get(0))
 }
 
 async fn try_lock_slots(client: &mut ReplicationClient, key: i64) -> Result<bool> {
@@ -115,7 +117,8 @@ async fn end_holders(session: &Session, slot: &str, keys: &[i64], claim: &mut im
     claim.prove().await?;
     for Holder { pid, started, who } in seen {
         let in_the_way = |why: &str| {
-            let message = format!("process {pid} ({who}) still sets up slot {slot} for another worker and {why}: SELECT pg_terminate_backend({pid})");
+            let message =
+                format!("process {pid} ({who}) still sets up slot {slot} for another worker and {why}: SELECT pg_terminate_backend({pid})");
             Err(Error::retry(reason::SLOT_IN_USE, message))
         };
         if Instant::now() > deadline {
@@ -123,7 +126,7 @@ async fn end_holders(session: &Session, slot: &str, keys: &[i64], claim: &mut im
         }
         let Some(started) = started else { return in_the_way("may not be ended by this role") };
         let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start::text = $2";
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&pid, &started];
+        let parameters: [&(dyn ToSql + Sync); 2] = [&pid, &started];
         if let Err(error) = answer(Side::Source, "end an old worker's session", session.query(end, &parameters)).await {
             return if error.reason == reason::PRIVILEGE_MISSING { in_the_way("may not be ended by this role") } else { Err(error) };
         }
