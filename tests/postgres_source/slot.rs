@@ -179,7 +179,7 @@ async fn limits_of_the_server_are_named(major: u32) {
     drop(snapshot);
     let position = alone(&first).await.create_log().await.unwrap().position().to_owned();
     let log = alone(&first).await.open(&position, &[], LIMITS).await.unwrap();
-    let error = source("sluice_2").take(&mut Unopposed).await.err().expect("no free sender");
+    let error = source("sluice_2").take(&mut Unopposed).await.expect_err("no free sender");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_WAL_SENDER, Class::Retry), "{error}");
     drop(log);
     // The server throws away what the slot needs.

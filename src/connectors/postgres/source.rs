@@ -145,8 +145,11 @@ impl PostgresSource {
         let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;
         observer.keep();
         let snapshot = PostgresSnapshot::import(&self.endpoint, APPLICATION_NAME, created.consistent_point, &created.snapshot_name).await?;
+        // Any command ends the transaction that the snapshot was exported from.
         if temporary {
             client.drop_slot(name).await?;
+        } else {
+            client.simple_query("SELECT").await?;
         }
         *guard(&self.walsender) = Some(client);
         Ok(snapshot)
