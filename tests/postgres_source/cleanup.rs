@@ -13,7 +13,7 @@ async fn a_worker_that_still_reads_is_ended(major: u32) {
     let database = Database::new(major, "ending", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
-    alone(&source).await.publish(&tables).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     let position = *alone(&source).await.create_log().await.unwrap().position();
     let limits = BatchLimits { rows: 1000, bytes: 1 << 20, delay: Duration::from_millis(5) };
     let mut log = alone(&source).await.open(&position, &tables, limits).await.unwrap();

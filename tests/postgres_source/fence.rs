@@ -42,11 +42,11 @@ async fn a_statement_that_waits_is_rolled_back(major: u32) {
     let successor = async {
         let waits = "SELECT FROM pg_locks WHERE NOT granted AND mode = 'ShareUpdateExclusiveLock' AND relation = 't'::regclass";
         eventually(10, "the publication waits", async || !database.admin.query(waits, &[]).await.unwrap().is_empty()).await;
-        alone(&new).await.publish(&both[1..]).await.unwrap();
+        alone(&new).await.publish(&both[1..], &[]).await.unwrap();
         new.create_log().await.unwrap();
     };
     // The lock is still held when the old worker's statement has ended.
-    let (published, ()) = tokio::join!(old.publish(&both), successor);
+    let (published, ()) = tokio::join!(old.publish(&both, &[]), successor);
     assert_eq!(published.unwrap_err().class, Class::Retry);
     user.batch_execute("COMMIT").await.unwrap();
     let before = shown(&database).await;
@@ -55,7 +55,7 @@ async fn a_statement_that_waits_is_rolled_back(major: u32) {
     // Nor does it change anything from now on: its sessions are gone and no others take their place.
     let position = old.head().await.unwrap();
     for error in [
-        old.publish(&both).await.unwrap_err(),
+        old.publish(&both, &[]).await.unwrap_err(),
         old.drop_log().await.unwrap_err(),
         old.create_log().await.err().expect("another slot"),
         old.snapshot().await.err().expect("a snapshot"),
@@ -96,14 +96,14 @@ async fn who_has_lost_the_claim_ends_nobody(major: u32) {
     let tables = mapped(&new, &[("t", &[])]).await;
     alone(&new).await;
     assert_eq!(old.take(&mut Lost).await.unwrap_err().class, Class::Fenced);
-    new.publish(&tables).await.unwrap();
+    new.publish(&tables, &[]).await.unwrap();
     new.create_log().await.unwrap();
     new.drop_log().await.unwrap();
     // It may have got the locks: still it has no say.
     drop(new);
     eventually(10, "the locks are free", async || database.text(FIRST_HOLDER).await.is_none()).await;
     assert_eq!(old.take(&mut Lost).await.unwrap_err().class, Class::Fenced);
-    assert_eq!(old.publish(&[]).await.unwrap_err().class, Class::Retry);
+    assert_eq!(old.publish(&[], &[]).await.unwrap_err().class, Class::Retry);
 }
 
 async fn who_can_not_be_ended_is_named(major: u32) {
@@ -115,7 +115,7 @@ async fn who_can_not_be_ended_is_named(major: u32) {
     assert_eq!((error.class, error.reason), (Class::Retry, reason::SLOT_IN_USE), "{error}");
     let pid = database.text(FIRST_HOLDER).await.unwrap();
     assert!(error.message.contains(&format!("process {pid} (sluice, postgres)")), "{error}");
-    alone(&powerful).await.publish(&[]).await.unwrap();
+    alone(&powerful).await.publish(&[], &[]).await.unwrap();
     drop(weak);
     database.run("DROP ROLE weak").await;
 }

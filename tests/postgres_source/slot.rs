@@ -136,7 +136,7 @@ async fn the_log_opens_where_it_is_told(major: u32) {
     let database = Database::new(major, "opening", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
-    alone(&source).await.publish(&tables).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     let position = *alone(&source).await.create_log().await.unwrap().position();
     let missing = PostgresSource::new(database.server.endpoint(&database.name), "sluice_none", database.publication());
     let refused = alone(&missing).await.open(&position, &tables, LIMITS).await.err().expect("no slot");
@@ -174,7 +174,7 @@ async fn limits_of_the_server_are_named(major: u32) {
     let error = alone(&first).await.snapshot().await.err().expect("no free slot");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_REPLICATION_SLOT, Class::Retry), "{error}");
     senders_gone().await;
-    alone(&first).await.publish(&[]).await.unwrap();
+    alone(&first).await.publish(&[], &[]).await.unwrap();
     alone(&first).await.drop_log().await.unwrap();
     drop(snapshot);
     let position = alone(&first).await.create_log().await.unwrap().position().to_owned();
@@ -200,6 +200,7 @@ async fn a_failover_is_followed(major: u32) {
     let endpoint = server.endpoint("postgres");
     let source = PostgresSource::new(endpoint.clone(), "sluice_s", "p");
     source.mark().await.unwrap();
+    assert_eq!(source.identity().await.unwrap().timeline, 1);
     let before = source.head().await.unwrap();
     server.stop();
     std::fs::write(server.data().join("standby.signal"), "").unwrap();
@@ -217,6 +218,9 @@ async fn a_failover_is_followed(major: u32) {
         assert_eq!(found.failed[0].name, expected);
     }
     server.connect("postgres").await.batch_execute("SELECT pg_promote()").await.unwrap();
+    // What was decided for the old timeline is not carried out on the new one.
+    let error = source.take(&mut Unopposed).await.expect_err("another timeline than was seen");
+    assert_eq!((error.class, error.reason), (Class::Retry, reason::SOURCE_UNREACHABLE), "{error}");
     assert_eq!(source.identity().await.unwrap().timeline, 2);
     let left = source.left_timeline_at(1).await.unwrap().expect("timeline 1 is in the history");
     assert!(before <= left && left <= source.head().await.unwrap(), "{before} ≤ {left}");
