@@ -10,6 +10,7 @@
 //! [`roles`]; [`flow`] puts them together.
 
 pub mod batch;
+pub mod budget;
 pub mod coalesce;
 mod copy;
 pub mod error;

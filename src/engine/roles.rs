@@ -245,8 +245,10 @@ pub trait ChangeLog: Send + 'static {
 /// What a log takes of the machine, and what it can't do for the lack of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogLoad {
-    /// Bytes of memory: of parts that wait and of transactions that have not ended.
+    /// Bytes of memory: of parts from being read until they are applied, and of transactions that have not ended.
     pub memory: u64,
+    /// The most that it takes, but for one part, in bytes.
+    pub memory_limit: u64,
     /// Bytes in files.
     pub spilled: u64,
     /// The most that may be in files, in bytes.

@@ -187,6 +187,7 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         apply_mode: view.apply_mode.map(str::to_owned),
         waiting: view.waiting.filter(|_| connected).map(clean),
         log_memory_bytes: bytes(|load| load.memory),
+        log_memory_limit_bytes: bytes(|load| load.memory_limit),
         spill_bytes: bytes(|load| load.spilled),
         spill_limit_bytes: bytes(|load| load.spill_limit),
         notice: load.as_ref().and_then(|load| load.notice.as_ref()).map(notice),
@@ -279,6 +280,7 @@ mod tests {
             waiting: Some("pid 1".to_owned()),
             load: LogLoad {
                 memory: 1,
+                memory_limit: 4,
                 spilled: 2,
                 spill_limit: 3,
                 notice: Some(roles::Notice { reason: reason::SPILL_FULL, message: "full".to_owned() }),
@@ -286,7 +288,8 @@ mod tests {
             ..View::default()
         };
         let running = status("pod-1", &desired(7), &facts, view.clone());
-        assert_eq!((running.log_memory_bytes, running.spill_bytes, running.spill_limit_bytes), (Some(1), Some(2), Some(3)));
+        assert_eq!((running.log_memory_bytes, running.log_memory_limit_bytes), (Some(1), Some(4)));
+        assert_eq!((running.spill_bytes, running.spill_limit_bytes), (Some(2), Some(3)));
         assert_eq!(running.notice.map(|notice| notice.reason), Some("SpillFull".to_owned()));
         assert_eq!((running.generation, running.epoch, running.phase), (7, 3, Phase::Streaming));
         assert_eq!((running.lag_bytes, running.lag_seconds, running.streaming), (Some(10), Some(2), true));

@@ -265,9 +265,12 @@ pub struct Status {
     /// What is waited for, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<String>,
-    /// Memory of the log in bytes: changes that wait, and transactions that have not ended.
+    /// Memory of the log in bytes: changes from being read until they are applied, and transactions that have not ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_memory_bytes: Option<u64>,
+    /// The most that this may be, but for one batch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_memory_limit_bytes: Option<u64>,
     /// Bytes in the spill.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_bytes: Option<u64>,

@@ -113,7 +113,8 @@ fn encode_lag(out: &mut Output<'_>, view: &View) -> fmt::Result {
 }
 
 fn encode_load(out: &mut Output<'_>, load: &LogLoad) -> fmt::Result {
-    out.gauge("log_memory_bytes", "Memory of changes that wait and of transactions that have not ended", load.memory)?;
+    out.gauge("log_memory_bytes", "Memory of changes until they are applied, and of transactions that have not ended", load.memory)?;
+    out.gauge("log_memory_limit_bytes", "The most that this memory may be", load.memory_limit)?;
     out.gauge("spill_bytes", "Files of transactions that have not ended", load.spilled)?;
     out.gauge("spill_limit_bytes", "The most that these files may take", load.spill_limit)?;
     let full = load.notice.as_ref().is_some_and(|notice| notice.reason == reason::SPILL_FULL);

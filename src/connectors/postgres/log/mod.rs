@@ -9,7 +9,7 @@
 //! most room is over: then large transactions wait on the source's disk.
 //!
 //! Invariants: parts hold what [`crate::engine::batch::Part`] promises; only what was confirmed is reported to the server;
-//! memory stays in [`Room::memory`], but for one part and one read.
+//! memory stays in [`Room::memory`], parts that are being applied included, but for one part and one read.
 
 mod assembler;
 mod buffer;
@@ -40,8 +40,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use streams::Streams;
 
-/// Parts that may lie in the buffer, at least, counted in bytes of the largest.
-const BUFFERED_PARTS: usize = 2;
+/// The largest part is this part of the memory: two of them can be applied side by side while others arrive.
+const PARTS: usize = 4;
 /// Longest pause between two status updates.
 const LONGEST_FEEDBACK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -114,16 +114,16 @@ impl PostgresLog {
     /// [`ReplicationClient::expect_system`].
     pub async fn start(mut client: ReplicationClient, config: LogConfig, from: Lsn) -> Result<Self> {
         let feedback_interval = feedback_interval(&mut client).await?;
-        // Half for parts that wait, half for what is kept of transactions that have not ended.
-        let share = config.room.memory / 2;
-        let limits = BatchLimits { bytes: config.limits.bytes.min(share / BUFFERED_PARTS), ..config.limits };
+        let memory = config.room.memory;
+        let limits = BatchLimits { bytes: config.limits.bytes.min(memory / PARTS), ..config.limits };
         let config = Arc::new(config);
         let opener = Opener::new(Arc::clone(&config), &mut client).await?;
         let copy = opener.start(client, from, true).await?;
 
-        let spill = Spill::open(share, config.room.disk.as_ref());
+        // At most half is for what is kept of transactions that have not ended, the rest for parts.
+        let spill = Spill::open(memory / 2, config.room.disk.as_ref());
         let (taken, spill_limit) = (spill.taken(), spill.disk_limit());
-        let buffer = Arc::new(Buffer::new(share));
+        let buffer = Arc::new(Buffer::new(memory));
         let feed = Feed::new(Assembler::new(Decoder::new(&config.tables), limits, from), Streams::new(spill));
         let reader = Reader::new(copy, feed, Arc::clone(&buffer), opener, feedback_interval)?;
         let shared = reader.shared();
@@ -172,7 +172,8 @@ impl ChangeLog for PostgresLog {
 
     fn load(&self) -> LogLoad {
         LogLoad {
-            memory: (self.buffer.bytes() + self.taken.memory()) as u64,
+            memory: self.buffer.budget().used() as u64,
+            memory_limit: self.buffer.budget().limit() as u64,
             spilled: self.taken.disk(),
             spill_limit: self.spill_limit,
             notice: guard(&self.shared.notice).clone(),

@@ -153,7 +153,7 @@ impl Reader {
                 self.stop_streaming(&fallback)?;
             } else if self.can_stream_again() {
                 self.stream_again()?;
-            } else if self.intake.wait_for_space() {
+            } else if self.intake.wait_for_room() {
                 self.read()?;
             }
         }
@@ -220,7 +220,7 @@ impl Reader {
     fn replay(&mut self) -> Result<()> {
         while self.intake.feed.is_replaying() && !self.intake.buffer.is_closed() {
             self.report()?;
-            if self.intake.wait_for_space() {
+            if self.intake.wait_for_room() {
                 self.intake.replay()?;
             }
         }
@@ -319,9 +319,9 @@ impl Connection {
 }
 
 impl Intake {
-    /// Waits a moment for the consumer when the buffer is full. While it is full, nothing is read, and the server waits.
-    fn wait_for_space(&self) -> bool {
-        self.buffer.wait_for_space(self.feed.assembler.size(), TICK)
+    /// Waits a moment for the consumer when there is no room. Until there is, nothing is read, and the server waits.
+    fn wait_for_room(&self) -> bool {
+        self.buffer.budget().wait_for_room(self.feed.memory(), TICK)
     }
 
     /// Goes on with the last part when the consumer has not taken it.
