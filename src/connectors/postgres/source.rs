@@ -4,7 +4,7 @@ use super::catalog;
 use super::catalog::rules::Server;
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
-use super::log::{LogConfig, PostgresLog};
+use super::log::{LogConfig, PostgresLog, StreamingPause};
 use super::lsn::Lsn;
 use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
@@ -39,6 +39,7 @@ pub struct PostgresSource {
     publication: String,
     creation_limit: Duration,
     room: Room,
+    pause: StreamingPause,
     /// A session for statements, kept between them.
     session: Mutex<Option<Session>>,
     waiting: Mutex<Option<String>>,
@@ -56,6 +57,7 @@ impl PostgresSource {
             publication: publication.into(),
             creation_limit: CREATION_LIMIT,
             room: Room::in_memory(MEMORY),
+            pause: StreamingPause::default(),
             session: Mutex::default(),
             waiting: Mutex::default(),
             system_identifier: Mutex::default(),
@@ -73,6 +75,13 @@ impl PostgresSource {
     #[must_use]
     pub fn with_room(mut self, room: Room) -> Self {
         self.room = room;
+        self
+    }
+
+    /// The same with what earlier sources of this stream know of pauses of streaming; nothing otherwise.
+    #[must_use]
+    pub fn with_streaming_pause(mut self, pause: StreamingPause) -> Self {
+        self.pause = pause;
         self
     }
 
@@ -229,6 +238,7 @@ impl Source for PostgresSource {
             binary: binary_allowed(tables),
             limits,
             room: self.room.clone(),
+            pause: self.pause.clone(),
         };
         PostgresLog::start(client, config, *from).await
     }
