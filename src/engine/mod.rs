@@ -21,6 +21,7 @@ mod heartbeat;
 pub mod latency;
 pub mod position;
 pub mod progress;
+pub mod retention;
 pub mod retry;
 pub mod roles;
 pub mod spill;

@@ -9,8 +9,10 @@ use crate::connectors::postgres::target::PostgresTarget;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{self, Stop, StreamConfig};
 use crate::engine::progress::Progress;
+use crate::engine::retention::Retention;
 use crate::engine::roles::{Source, Target};
 use crate::engine::spill::Room;
+use futures::future::BoxFuture;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
@@ -34,6 +36,11 @@ pub struct Job {
 pub trait Sessions: Send + 'static {
     /// Begins one. The task ends when the session does.
     fn start(&self, job: Job) -> JoinHandle<Result<()>>;
+
+    /// One look at what the source keeps for the stream, while no session runs; `None` when it can't tell.
+    fn look(&self, _desired: Arc<Desired>, _credentials: Credentials) -> BoxFuture<'static, Result<Option<Retention>>> {
+        Box::pin(async { Ok(None) })
+    }
 }
 
 /// Sessions of the connectors in this program, and what outlives each of them.
@@ -57,6 +64,20 @@ impl Sessions for Connectors {
     fn start(&self, job: Job) -> JoinHandle<Result<()>> {
         tokio::spawn(session(job, self.clone()))
     }
+
+    fn look(&self, desired: Arc<Desired>, credentials: Credentials) -> BoxFuture<'static, Result<Option<Retention>>> {
+        Box::pin(async move {
+            match desired.source.engine.as_str() {
+                "PostgreSQL" => postgres_source(&desired, &credentials)?.retention().await,
+                _ => Ok(None),
+            }
+        })
+    }
+}
+
+fn postgres_source(desired: &Desired, credentials: &Credentials) -> Result<PostgresSource> {
+    let endpoint = postgres_endpoint(&desired.source, &credentials.source)?;
+    Ok(PostgresSource::new(endpoint, desired.slot.clone(), desired.publication.clone()))
 }
 
 async fn session(job: Job, connectors: Connectors) -> Result<()> {
@@ -68,10 +89,8 @@ async fn session(job: Job, connectors: Connectors) -> Result<()> {
 }
 
 async fn postgres_to_postgres(job: Job, config: &StreamConfig, Connectors { room, pause }: Connectors) -> Result<()> {
-    let source = postgres_endpoint(&job.desired.source, &job.credentials.source)?;
+    let source = postgres_source(&job.desired, &job.credentials)?.with_room(room).with_streaming_pause(pause);
     let target = postgres_endpoint(&job.desired.target, &job.credentials.target)?;
-    let source = PostgresSource::new(source, job.desired.slot.clone(), job.desired.publication.clone());
-    let source = source.with_room(room).with_streaming_pause(pause);
     let target = PostgresTarget::new(target, config.owner.clone()).with_apply_connections(job.desired.stream.apply_connections);
     mirror(source, target, config, job).await
 }

@@ -13,6 +13,7 @@ use super::slot::NewSlot;
 use super::snapshot::PostgresSnapshot;
 use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::retention::Retention;
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
 use crate::engine::structure::SequenceValue;
@@ -278,6 +279,13 @@ impl Source for PostgresSource {
         let values = catalog::structure::sequence_values(&session, table).await?;
         self.keep(session);
         Ok(values)
+    }
+
+    async fn retention(&self) -> Result<Option<Retention>> {
+        let session = self.session().await?;
+        let retention = slot::retention(&session, &self.slot).await?;
+        self.keep(session);
+        Ok(Some(retention))
     }
 
     fn waiting(&self) -> Option<String> {
