@@ -15,6 +15,7 @@ use crate::engine::table::MappedTable;
 use bytes::{Bytes, BytesMut};
 use futures::{SinkExt as _, StreamExt as _};
 use std::pin::pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio_postgres::error::SqlState;
 
 /// What a role needs on a target table.
@@ -23,33 +24,73 @@ pub(super) const PRIVILEGES: [&str; 5] = ["SELECT", "INSERT", "UPDATE", "DELETE"
 /// Smallest piece that is sent by itself: the server sends one message per row, which would cost a system call each.
 const PIECE: usize = 64 << 10;
 
-/// Loads one range. The session ends with it.
-pub(super) async fn load(
-    session: &Session,
-    claim: &Claim,
-    table: &MappedTable,
-    generation: i64,
-    range: &Range,
-    format: BulkFormat,
-    rows: BulkStream,
-) -> Result<u64> {
-    let mode = set_up(session, claim).await?;
-    // An old worker's range ends here, and not only after it has loaded everything.
-    claim.check(session).await?;
-    session
-        .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off")
-        .await
-        .map_err(failed("begin a range"))?;
-    let loaded = copy(session, table, format, rows, mode).await?;
-    let done = claim.range_done(session, table.source(), generation, range.number, loaded as i64).await;
-    done.map_err(|error| match error.reason {
-        // An earlier try whose connection was lost has come through after all; this one leaves nothing behind.
-        reason::ROW_CONFLICT => Error::retry(reason::WRITE_REFUSED, error.message),
-        _ => error,
-    })?;
-    claim.check(session).await?;
-    session.batch_execute("COMMIT").await.map_err(failed("commit a range"))?;
-    Ok(loaded)
+/// Loads ranges, one after the other, on a session of its own. A load that failed or was given up ends it.
+pub(super) struct Loader {
+    session: Session,
+    mode: ApplyMode,
+}
+
+impl Loader {
+    /// A loader on a fresh session.
+    pub async fn new(session: Session, claim: &Claim) -> Result<Self> {
+        let mode = set_up(&session, claim).await?;
+        Ok(Self { session, mode })
+    }
+
+    /// Loads one range: all of it, or nothing.
+    pub async fn load(
+        &self,
+        claim: &Claim,
+        table: &MappedTable,
+        generation: i64,
+        range: &Range,
+        format: BulkFormat,
+        rows: BulkStream,
+    ) -> Result<u64> {
+        let session = &self.session;
+        // An old worker's range ends here, and not only after it has loaded everything.
+        claim.check(session).await?;
+        session
+            .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off")
+            .await
+            .map_err(failed("begin a range"))?;
+        let loaded = copy(session, table, format, rows, self.mode).await?;
+        let done = claim.range_done(session, table.source(), generation, range.number, loaded as i64).await;
+        done.map_err(|error| match error.reason {
+            // An earlier try whose connection was lost has come through after all; this one leaves nothing behind.
+            reason::ROW_CONFLICT => Error::retry(reason::WRITE_REFUSED, error.message),
+            _ => error,
+        })?;
+        claim.check(session).await?;
+        session.batch_execute("COMMIT").await.map_err(failed("commit a range"))?;
+        Ok(loaded)
+    }
+}
+
+/// Loaders between two ranges: a new session for each costs the server a login and cold caches.
+#[derive(Default)]
+pub(super) struct Loaders(Mutex<Vec<Loader>>);
+
+impl Loaders {
+    /// One whose session still stands.
+    pub fn take(&self) -> Option<Loader> {
+        let mut idle = self.idle();
+        std::iter::from_fn(|| idle.pop()).find(|loader| !loader.session.is_closed())
+    }
+
+    /// Keeps one for the next range.
+    pub fn give_back(&self, loader: Loader) {
+        self.idle().push(loader);
+    }
+
+    /// Ends their sessions.
+    pub fn clear(&self) {
+        self.idle().clear();
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Loader>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Gives the session the name by which a later claim finds and ends it.

@@ -9,7 +9,7 @@ use super::ddl;
 use super::endpoint::Endpoint;
 use super::errors::classify;
 use super::finish;
-use super::load;
+use super::load::{Loader, Loaders};
 use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
 use super::relate;
@@ -20,6 +20,7 @@ use crate::engine::roles::{
 };
 use crate::engine::structure::SequenceValue;
 use crate::engine::table::{Column, MappedTable};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
 
@@ -38,18 +39,19 @@ const WRITER_SETTINGS: &str = "SET enable_seqscan = off; SET jit = off";
 const SYNCHRONOUS_COMMIT: &str = "synchronous_commit";
 
 /// A PostgreSQL database as the target of one Mirror.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PostgresTarget {
     endpoint: Endpoint,
     owner: Owner,
     apply_connections: usize,
+    loaders: Arc<Loaders>,
 }
 
 impl PostgresTarget {
     /// The database behind `endpoint`, written for `owner`.
     #[must_use]
     pub fn new(endpoint: Endpoint, owner: Owner) -> Self {
-        Self { endpoint, owner, apply_connections: 1 }
+        Self { endpoint, owner, apply_connections: 1, loaders: Arc::default() }
     }
 
     /// The same with another number of connections that changes are applied on; 1 otherwise. More than one are used only
@@ -96,6 +98,7 @@ impl Target for PostgresTarget {
     }
 
     async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, PostgresApplier)> {
+        self.loaders.clear();
         within(CLAIM_LIMIT, "claim the stream", async {
             let (first, pid, mode) = self.writer_session().await?;
             check_writable(&first).await?;
@@ -131,11 +134,17 @@ impl Target for PostgresTarget {
         format: BulkFormat,
         rows: BulkStream,
     ) -> Result<u64> {
-        let session = self.session("").await?;
-        load::load(&session, claim, table, generation, range, format, rows).await
+        let loader = match self.loaders.take() {
+            Some(loader) => loader,
+            None => Loader::new(self.session("").await?, claim).await?,
+        };
+        let loaded = loader.load(claim, table, generation, range, format, rows).await?;
+        self.loaders.give_back(loader);
+        Ok(loaded)
     }
 
     async fn finish(&self, claim: &Claim, table: &MappedTable, values: &[SequenceValue], builders: Builders, tell: Tell<'_>) -> Result<()> {
+        self.loaders.clear();
         finish::finish(&finish::Finishing { target: self, claim, table, builders, tell }, values).await
     }
 
