@@ -5,11 +5,11 @@ mod support;
 #[path = "support/worker.rs"]
 mod worker;
 
+use sluice::worker::contract::Desired;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use sluice::worker::contract::Desired;
 use support::Postgres;
 use tokio_postgres::Client;
 use worker::Worker;

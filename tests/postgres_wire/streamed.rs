@@ -15,7 +15,8 @@ use tokio_postgres::Client;
 const TABLES: [&str; 3] = ["keyed", "toasted", "full_rows"];
 
 pub async fn streamed(major: u32) {
-    let settings = ["logical_decoding_work_mem=64kB", "wal_sender_timeout=2s", "max_prepared_transactions=2", "log_replication_commands=on"];
+    let settings =
+        ["logical_decoding_work_mem=64kB", "wal_sender_timeout=2s", "max_prepared_transactions=2", "log_replication_commands=on"];
     let server = Postgres::start_with(major, &settings);
     contents(&server).await;
     rolled_back(&server).await;
