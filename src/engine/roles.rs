@@ -156,8 +156,9 @@ pub trait Source: Send + Sync + 'static {
 
     /// Makes the publication hold exactly these tables and columns. Identity, column list and filter of each table that
     /// comes in are checked in the same source transaction under a lock, so that no table whose users' writes the source
-    /// would refuse is ever published.
-    fn publish(&self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+    /// would refuse is ever published. One of `present`, which [`Self::published`] has told, must not have left since: once it
+    /// is back, nothing tells that changes are gone. Then this fails, class `Retry`.
+    fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;
 
     /// Tables that are in the publication now; compared with what should be there.
     fn published(&self) -> impl Future<Output = Result<Vec<QualifiedName>>> + Send;

@@ -44,8 +44,8 @@ pub struct PostgresSource {
     /// A session for statements, kept between them.
     session: Mutex<Option<Session>>,
     waiting: Mutex<Option<String>>,
-    /// System identifier as [`Source::identity`] last saw it: every replication session must be on that server.
-    system_identifier: Mutex<Option<String>>,
+    /// As [`Source::identity`] last saw it: every replication session must be on that server and timeline.
+    identity: Mutex<Option<SourceIdentity>>,
 }
 
 impl PostgresSource {
@@ -61,7 +61,7 @@ impl PostgresSource {
             pause: StreamingPause::default(),
             session: Mutex::default(),
             waiting: Mutex::default(),
-            system_identifier: Mutex::default(),
+            identity: Mutex::default(),
         }
     }
 
@@ -103,7 +103,7 @@ impl PostgresSource {
     /// A replication session on the server that was seen last.
     async fn replication(&self) -> Result<ReplicationClient> {
         let mut client = connect_replication(&self.endpoint, APPLICATION_NAME).await?;
-        let expected = guard(&self.system_identifier).clone();
+        let expected = guard(&self.identity).clone();
         if let Some(expected) = expected {
             client.expect_system(&expected).await?;
         }
@@ -166,7 +166,7 @@ impl Source for PostgresSource {
             return Err(Error::retry(reason::SERVER_UNSUPPORTED, "the source is a standby; name the primary server"));
         }
         let identity = SourceIdentity { system_identifier: row.get(2), database: row.get(3), timeline: row.get(4) };
-        *guard(&self.system_identifier) = Some(identity.system_identifier.clone());
+        *guard(&self.identity) = Some(identity.clone());
         Ok(identity)
     }
 
@@ -185,10 +185,10 @@ impl Source for PostgresSource {
         Ok(fed)
     }
 
-    async fn publish(&self, tables: &[MappedTable]) -> Result<()> {
+    async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {
         let session = self.session().await?;
         let server = server(&session).await?;
-        publication::publish(&session, &server, &self.publication, &self.slot, tables).await?;
+        publication::publish(&session, &server, &self.publication, &self.slot, tables, present).await?;
         self.keep(session);
         Ok(())
     }
