@@ -4,7 +4,7 @@ use super::catalog;
 use super::catalog::rules::Server;
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
-use super::log::{LogConfig, PostgresLog};
+use super::log::{LogConfig, PostgresLog, StreamingPause};
 use super::lsn::Lsn;
 use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
@@ -13,6 +13,7 @@ use super::slot::NewSlot;
 use super::snapshot::PostgresSnapshot;
 use super::{errors, fed, fence, publication, slot};
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::retention::Retention;
 use crate::engine::roles::{BatchLimits, Fed, LogState, Proof, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
 use crate::engine::structure::SequenceValue;
@@ -41,6 +42,7 @@ pub struct PostgresSource {
     publication: String,
     creation_limit: Duration,
     room: Room,
+    pause: StreamingPause,
     /// The session for statements, kept between them.
     session: tokio::sync::Mutex<Option<Kept>>,
     /// The session that makes slots and then reads from the log. It has the fence's lock.
@@ -88,6 +90,7 @@ impl PostgresSource {
             publication: publication.into(),
             creation_limit: CREATION_LIMIT,
             room: Room::in_memory(MEMORY),
+            pause: StreamingPause::default(),
             session: tokio::sync::Mutex::default(),
             walsender: Mutex::default(),
             waiting: Mutex::default(),
@@ -106,6 +109,13 @@ impl PostgresSource {
     #[must_use]
     pub fn with_room(mut self, room: Room) -> Self {
         self.room = room;
+        self
+    }
+
+    /// The same with what earlier sources of this stream know of pauses of streaming; nothing otherwise.
+    #[must_use]
+    pub fn with_streaming_pause(mut self, pause: StreamingPause) -> Self {
+        self.pause = pause;
         self
     }
 
@@ -288,6 +298,7 @@ impl Source for PostgresSource {
             binary: binary_allowed(tables),
             limits,
             room: self.room.clone(),
+            pause: self.pause.clone(),
         };
         PostgresLog::start(client, config, *from).await
     }
@@ -327,6 +338,13 @@ impl Source for PostgresSource {
         let values = catalog::structure::sequence_values(&session, table).await?;
         session.keep();
         Ok(values)
+    }
+
+    async fn retention(&self) -> Result<Option<Retention>> {
+        let session = self.session().await?;
+        let retention = slot::retention(&session, &self.slot).await?;
+        session.keep();
+        Ok(Some(retention))
     }
 
     fn waiting(&self) -> Option<String> {
