@@ -34,17 +34,38 @@ shell_scripts_are_clean() {
   git ls-files '*.sh' .ci/run | xargs shellcheck -x -P SCRIPTDIR -s bash -S warning
 }
 
+# Test binaries that take longest: they begin first, so that none is left to run alone.
+LONG=(ledger mirror simulation memory postgres_wire structure)
+# Many binaries wait more than they work, so some run side by side. The output of each is shown when it has ended.
+SIDE_BY_SIDE=2
 run_rust() {
-  local log rc=0 ok bad
-  log=$(mktemp)
-  cargo test --locked --no-fail-fast 2>&1 | tee "$log" || rc=$?
-  ok=$(sum_of passed "$log") bad=$(sum_of failed "$log")
-  # an ignored test tests nothing, and a build that fails runs nothing
-  bad=$((bad + $(sum_of ignored "$log")))
-  if [ "$rc" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
-  if [ "$ok" = 0 ] && [ "$bad" = 0 ]; then bad=1; fi
-  rm -f "$log"
+  local folder ok=0 bad=0 log binaries=() name
+  folder=$(mktemp -d)
+  if ! cargo test --locked --no-run --message-format=json-render-diagnostics >"$folder/built"; then
+    rm -rf "$folder"
+    count rust 0 1
+    return
+  fi
+  mapfile -t binaries < <(grep '"test":true' "$folder/built" | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
+  for name in "${LONG[@]}"; do printf '%s\n' "${binaries[@]}" | grep -E "/$name-[0-9a-f]+$" || true; done >"$folder/order"
+  printf '%s\n' "${binaries[@]}" doc >>"$folder/order"
+  awk '!seen[$0]++' "$folder/order" | xargs -P "$SIDE_BY_SIDE" -I '{}' "$REPO/e2e/test.sh" one-binary '{}' "$folder" || true
+  for log in "$folder"/*.log; do
+    # an ignored test tests nothing
+    ok=$((ok + $(sum_of passed "$log"))) bad=$((bad + $(sum_of failed "$log") + $(sum_of ignored "$log")))
+  done
+  bad=$((bad + $(find "$folder" -name '*.broken' | wc -l)))
+  rm -rf "$folder"
   count rust "$ok" "$bad"
+}
+# run_one BINARY|doc FOLDER: leaves a log, and a mark where the log does not say that anything has failed and something has
+run_one() {
+  local name log rc=0 begin=$SECONDS command=("$1")
+  name=$(basename "$1") log=$2/$(basename "$1").log
+  if [ "$1" = doc ]; then command=(cargo test --quiet --locked --doc); fi
+  "${command[@]}" >"$log" 2>&1 || rc=$?
+  if ! grep -q '^test result: ' "$log" || { [ $rc != 0 ] && [ "$(sum_of failed "$log")" = 0 ]; }; then touch "$log.broken"; fi
+  flock "$2/built" cat <(say "${name%-*}: exit $rc after $((SECONDS - begin)) s" 2>&1) "$log"
 }
 sum_of() { sed -nE "s/^test result: .* ([0-9]+) $1[;.].*/\1/p" "$2" | awk '{ n += $1 } END { print n + 0 }'; }
 
@@ -67,6 +88,7 @@ run_e2e() {
 
 main() {
   local tier
+  if [ "${1:-}" = one-binary ]; then run_one "$2" "$3"; return; fi
   [ $# -gt 0 ] || set -- lint rust chart e2e
   e2e/deps.sh
   PATH=$SLUICE_CACHE/bin:$(node_dir):$PATH              # our helm and kubectl first

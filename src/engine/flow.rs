@@ -7,12 +7,14 @@ use super::copy::{CopyJob, copy_tables, finish_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
 use super::progress::{Phase, Progress};
+use super::retention;
 use super::retry::Backoff;
-use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
+use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, TableCheckpoint, Target};
 use super::startup::{Facts, Start, check_mapping, decide};
 use super::stream::follow;
 use super::structure::{IndexRole, Structure};
 use super::table::{MappedTable, QualifiedName, TableState};
+use std::cmp::Ordering::{Equal, Less};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -92,7 +94,26 @@ where
     T: Target<Position = S::Position>,
 {
     progress.begin_session();
-    let set_up = set_up(&source, &target, config, progress, held);
+    tokio::select! {
+        biased;
+        ended = session(&source, &target, config, progress, stop, held) => ended,
+        never = retention::watch(&*source, progress) => match never {},
+    }
+}
+
+async fn session<S, T>(
+    source: &Arc<S>,
+    target: &Arc<T>,
+    config: &StreamConfig,
+    progress: &Progress,
+    stop: &Stop,
+    held: &mut Option<i64>,
+) -> Result<()>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    let set_up = set_up(source, target, config, progress, held);
     let ready = tokio::select! {
         biased;
         () = stop.now.cancelled() => return Ok(()),
@@ -103,8 +124,8 @@ where
     let tables = ready.tables.clone();
     tokio::select! {
         biased;
-        ended = follow(&*source, ready, config.limits, progress, stop) => ended,
-        never = relate(&*target, &claim, &tables, progress) => match never {},
+        ended = follow(&**source, ready, config.limits, progress, stop) => ended,
+        never = relate(&**target, &claim, &tables, progress) => match never {},
     }
 }
 
@@ -171,20 +192,18 @@ where
     let handover = match start {
         Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
         Start::From(position) => {
-            source.publish(&tables).await?;
+            source.publish(&tables, &[]).await?;
             applier.initialize(&position, identity.timeline).await?;
             for table in &tables {
                 applier.set_state(table, TableState::Ready, None).await?;
             }
             following(&position, tables.iter().map(|table| (table, None)))
         }
-        Start::Resume { position, new_timeline } => {
-            if new_timeline {
-                applier.set_timeline(identity.timeline).await?;
-            }
+        Start::Resume { position, left_at } => {
             // `begin` resumes only from a checkpoint.
             let checkpoint = checkpoint.ok_or_else(|| Error::bug("a stream without checkpoint was resumed"))?;
-            resume(&mut job, &mut applier, &tables, checkpoint, position).await?
+            let switch = left_at.map(|left_at| Switch { left_at, timeline: identity.timeline });
+            resume(&mut job, &mut applier, &tables, checkpoint, position, switch.as_ref()).await?
         }
     };
     applier.prepare(&tables).await?;
@@ -253,7 +272,7 @@ where
 {
     // In this order: a table must be published before the point that its copy is tied to (engine rule 1), and the
     // intention must be durable before the slot exists.
-    job.source.publish(tables).await?;
+    job.source.publish(tables, &[]).await?;
     applier.intend_log().await?;
     if drop_unfinished {
         job.source.drop_log().await?;
@@ -284,6 +303,21 @@ async fn join<A: Apply>(
     Ok(())
 }
 
+/// The source has changed its timeline since the checkpoint.
+struct Switch<P> {
+    /// Where it left the checkpoint's.
+    left_at: P,
+    /// The new one.
+    timeline: i64,
+}
+
+impl<P: super::position::Position> Switch<P> {
+    /// A table that is catching up lies ahead of the checkpoint: its copy may hold what the new timeline never had.
+    fn undoes(&self, table: &TableCheckpoint<P>) -> bool {
+        table.is_copied() && table.position.as_ref().is_some_and(|own| !matches!(own.partial_cmp(&self.left_at), Some(Less | Equal)))
+    }
+}
+
 /// What a checkpoint says of the tables that are mapped now.
 struct Sorted<'a, P> {
     /// Follow from their own position, or from the checkpoint.
@@ -302,12 +336,14 @@ fn sort_tables<'a, P: super::position::Position>(
     tables: &'a [MappedTable],
     checkpoint: &Checkpoint<P>,
     published: &[QualifiedName],
+    switch: Option<&Switch<P>>,
 ) -> Sorted<'a, P> {
     let mut sorted = Sorted { followed: Vec::new(), to_finish: Vec::new(), to_copy: Vec::new(), left: Vec::new(), rows_copied: 0 };
     for table in tables {
         let known = checkpoint.tables.get(table.source()).filter(|known| known.target == table.target);
         match known {
             Some(known) if known.state == TableState::Error => sorted.left.push(table),
+            Some(known) if switch.is_some_and(|switch| switch.undoes(known)) => sorted.to_copy.push(table),
             Some(known) if known.is_copied() && known.columns == table.signature() => {
                 if !published.contains(table.source()) {
                     sorted.left.push(table);
@@ -331,13 +367,14 @@ async fn resume<S, T>(
     tables: &[MappedTable],
     checkpoint: &Checkpoint<S::Position>,
     position: S::Position,
+    switch: Option<&Switch<S::Position>>,
 ) -> Result<Handover<S::Position>>
 where
     S: Source,
     T: Target<Position = S::Position>,
 {
     let published = job.source.published().await?;
-    let sorted = sort_tables(tables, checkpoint, &published);
+    let sorted = sort_tables(tables, checkpoint, &published, switch);
     if !sorted.to_copy.is_empty() && !job.config.enabled {
         let names: Vec<String> = sorted.to_copy.iter().map(|table| table.source().to_string()).collect();
         return Err(Error::stop(
@@ -351,9 +388,17 @@ where
     if !gone.is_empty() {
         applier.forget(&gone).await?;
     }
+    if let Some(switch) = switch {
+        // Before the timeline is written: afterwards nothing tells such a copy from a good one.
+        let is_undone = |table: &&MappedTable| checkpoint.tables.get(table.source()).is_some_and(|known| switch.undoes(known));
+        for table in sorted.to_copy.iter().filter(|table| is_undone(table)) {
+            applier.set_state(table, TableState::Init, None).await?;
+        }
+        applier.set_timeline(switch.timeline).await?;
+    }
     let remaining: Vec<MappedTable> =
         tables.iter().filter(|table| !sorted.left.iter().any(|left| left.source() == table.source())).cloned().collect();
-    job.source.publish(&remaining).await?;
+    job.source.publish(&remaining, &published).await?;
     report_known(job.progress, &sorted);
     for table in &sorted.left {
         applier.set_state(table, TableState::Error, None).await?;

@@ -3,6 +3,7 @@
 use super::batch::Part;
 use super::error::Result;
 use super::position::Position;
+use super::retention::Retention;
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
 use bytes::Bytes;
@@ -155,8 +156,9 @@ pub trait Source: Send + Sync + 'static {
 
     /// Makes the publication hold exactly these tables and columns. Identity, column list and filter of each table that
     /// comes in are checked in the same source transaction under a lock, so that no table whose users' writes the source
-    /// would refuse is ever published.
-    fn publish(&self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+    /// would refuse is ever published. One of `present`, which [`Self::published`] has told, must not have left since: once it
+    /// is back, nothing tells that changes are gone. Then this fails, class `Retry`.
+    fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;
 
     /// Tables that are in the publication now; compared with what should be there.
     fn published(&self) -> impl Future<Output = Result<Vec<QualifiedName>>> + Send;
@@ -190,6 +192,11 @@ pub trait Source: Send + Sync + 'static {
 
     /// How far the sequences of a table are now. Read after its rows, so that no value in them comes again.
     fn sequence_values(&self, table: &MappedTable) -> impl Future<Output = Result<Vec<SequenceValue>>> + Send;
+
+    /// What is kept of the log for this stream; `None` when the source can't tell.
+    fn retention(&self) -> impl Future<Output = Result<Option<Retention>>> + Send {
+        async { Ok(None) }
+    }
 
     /// What a slow set-up waits for, for people: for example old transactions with their pids and age.
     fn waiting(&self) -> Option<String>;
@@ -245,8 +252,10 @@ pub trait ChangeLog: Send + 'static {
 /// What a log takes of the machine, and what it can't do for the lack of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogLoad {
-    /// Bytes of memory: of parts that wait and of transactions that have not ended.
+    /// Bytes of memory: of parts from being read until they are applied, and of transactions that have not ended.
     pub memory: u64,
+    /// The most that it takes, but for one part, in bytes.
+    pub memory_limit: u64,
     /// Bytes in files.
     pub spilled: u64,
     /// The most that may be in files, in bytes.

@@ -21,8 +21,8 @@ pub enum Start<P> {
     Resume {
         /// The checkpoint's position.
         position: P,
-        /// The source has changed its timeline since, and the position lies before the switch.
-        new_timeline: bool,
+        /// The source has changed its timeline since: where it left that of the checkpoint. The position does not lie beyond.
+        left_at: Option<P>,
     },
 }
 
@@ -94,17 +94,20 @@ fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint
             ),
         ));
     }
-    let new_timeline = facts.timeline != checkpoint.timeline;
-    if new_timeline && !facts.left_at.is_some_and(|switch| position <= switch) {
-        return Err(Error::stop(
+    if facts.timeline == checkpoint.timeline {
+        return Ok(Start::Resume { position: position.clone(), left_at: None });
+    }
+    let diverged = || {
+        Error::stop(
             reason::TIMELINE_DIVERGED,
             format!(
                 "the target holds {position} of timeline {}, which is not in the history of the source's timeline {}: the tables need a new copy",
                 checkpoint.timeline, facts.timeline
             ),
-        ));
-    }
-    Ok(Start::Resume { position: position.clone(), new_timeline })
+        )
+    };
+    let left_at = facts.left_at.filter(|switch| position <= *switch).ok_or_else(diverged)?;
+    Ok(Start::Resume { position: position.clone(), left_at: Some(left_at.clone()) })
 }
 
 /// Whether a target at `position` holds everything up to `confirmed`. Positions that can't be compared hold nothing of
@@ -185,7 +188,7 @@ mod tests {
     fn the_checkpoint_may_be_at_or_after_the_confirmed_position_but_not_before() {
         let (held, log) = (checkpoint(10, 1), slot(10));
         let start = decide("s", &facts(Some(&held), Some(&log))).unwrap();
-        assert_eq!(start, Start::Resume { position: Pos(10), new_timeline: false });
+        assert_eq!(start, Start::Resume { position: Pos(10), left_at: None });
         assert_eq!(refused(&facts(Some(&held), Some(&slot(11)))), reason::CHECKPOINT_BEHIND_SLOT);
         assert_eq!(refused(&facts(Some(&held), None)), reason::CHECKPOINT_WITHOUT_SLOT);
     }
@@ -199,7 +202,7 @@ mod tests {
         facts.left_at = Some(&Pos(9));
         assert_eq!(refused(&facts), reason::TIMELINE_DIVERGED);
         facts.left_at = Some(&Pos(10));
-        assert_eq!(decide("s", &facts).unwrap(), Start::Resume { position: Pos(10), new_timeline: true });
+        assert_eq!(decide("s", &facts).unwrap(), Start::Resume { position: Pos(10), left_at: Some(Pos(10)) });
     }
 
     #[test]

@@ -13,7 +13,7 @@ async fn a_worker_that_still_reads_is_ended(major: u32) {
     let database = Database::new(major, "ending", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
-    source.publish(&tables).await.unwrap();
+    source.publish(&tables, &[]).await.unwrap();
     let position = *source.create_log().await.unwrap().position();
     let limits = BatchLimits { rows: 1000, bytes: 1 << 20, delay: Duration::from_millis(5) };
     let mut log = source.open(&position, &tables, limits).await.unwrap();

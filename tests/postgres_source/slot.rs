@@ -136,7 +136,7 @@ async fn the_log_opens_where_it_is_told(major: u32) {
     let database = Database::new(major, "opening", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
-    source.publish(&tables).await.unwrap();
+    source.publish(&tables, &[]).await.unwrap();
     let position = *source.create_log().await.unwrap().position();
     let missing = PostgresSource::new(database.server.endpoint(&database.name), "sluice_none", database.publication());
     let refused = missing.open(&position, &tables, LIMITS).await.err().expect("no slot");
@@ -174,7 +174,7 @@ async fn limits_of_the_server_are_named(major: u32) {
     senders_gone().await;
     let error = first.snapshot().await.err().expect("no free slot");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_REPLICATION_SLOT, Class::Retry), "{error}");
-    first.publish(&[]).await.unwrap();
+    first.publish(&[], &[]).await.unwrap();
     first.drop_log().await.unwrap();
     senders_gone().await;
     drop(snapshot);
@@ -201,6 +201,7 @@ async fn a_failover_is_followed(major: u32) {
     let endpoint = server.endpoint("postgres");
     let source = PostgresSource::new(endpoint.clone(), "sluice_s", "p");
     source.mark().await.unwrap();
+    assert_eq!(source.identity().await.unwrap().timeline, 1);
     let before = source.head().await.unwrap();
     server.stop();
     std::fs::write(server.data().join("standby.signal"), "").unwrap();
@@ -218,6 +219,9 @@ async fn a_failover_is_followed(major: u32) {
         assert_eq!(found.failed[0].name, expected);
     }
     server.connect("postgres").await.batch_execute("SELECT pg_promote()").await.unwrap();
+    // What was decided for the old timeline is not carried out on the new one.
+    let error = source.snapshot().await.err().expect("another timeline than was seen");
+    assert_eq!((error.class, error.reason), (Class::Retry, reason::SOURCE_UNREACHABLE), "{error}");
     assert_eq!(source.identity().await.unwrap().timeline, 2);
     let left = source.left_timeline_at(1).await.unwrap().expect("timeline 1 is in the history");
     assert!(before <= left && left <= source.head().await.unwrap(), "{before} ≤ {left}");

@@ -154,7 +154,7 @@ async fn names_are_quoted_and_excluded_columns_stay(major: u32) {
     let source = database.source();
     let excluded: &[&str] = if major < 15 { &[] } else { &[&long] };
     let table = mapped(&source, &[(&long, excluded)]).await.remove(0);
-    source.publish(std::slice::from_ref(&table)).await.unwrap();
+    source.publish(std::slice::from_ref(&table), &[]).await.unwrap();
     let snapshot = source.snapshot().await.unwrap();
     let open = Range { number: 0, blocks: Some((0, u64::MAX)) };
     for range in [Range { number: 0, blocks: None }, open] {

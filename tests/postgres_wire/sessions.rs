@@ -7,6 +7,7 @@ use sluice::connectors::postgres::errors::classify;
 use sluice::connectors::postgres::replication::connect_replication;
 use sluice::connectors::postgres::{Endpoint, TlsMode};
 use sluice::engine::error::{Class, Error, reason};
+use sluice::engine::roles::SourceIdentity;
 use std::time::Duration;
 
 /// Settings that must not depend on server, database or role.
@@ -68,8 +69,13 @@ async fn settings(server: &Postgres) {
     let identity = replication.identify_system().await.unwrap();
     let control: String = session.query_one("SELECT system_identifier::text FROM pg_control_system()", &[]).await.unwrap().get(0);
     assert_eq!((identity.system_identifier.as_str(), identity.timeline), (control.as_str(), 1));
-    replication.expect_system(&control).await.unwrap();
-    assert_eq!(replication.expect_system("1").await.unwrap_err().reason, reason::SYSTEM_IDENTIFIER_CHANGED);
+    let same = SourceIdentity { system_identifier: control, database: "postgres".into(), timeline: 1 };
+    replication.expect_system(&same).await.unwrap();
+    let other = SourceIdentity { system_identifier: "1".into(), ..same.clone() };
+    assert_eq!(replication.expect_system(&other).await.unwrap_err().reason, reason::SYSTEM_IDENTIFIER_CHANGED);
+    let before = SourceIdentity { timeline: 2, ..same };
+    let taken_over = replication.expect_system(&before).await.unwrap_err();
+    assert_eq!((taken_over.class, taken_over.reason), (Class::Retry, reason::SOURCE_UNREACHABLE));
     // A failed command leaves the session as it was.
     assert!(replication.simple_query("SELECT 1/0").await.is_err());
     assert_eq!(replication.simple_query("SELECT NULL::text, 'x'").await.unwrap(), [[None, Some("x".to_owned())]]);

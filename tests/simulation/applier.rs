@@ -3,9 +3,10 @@
 use crate::faults::{Moment, Point};
 use crate::history::{KEYS, Row, Rows, TABLES, Tables};
 use crate::mutants::Mutant;
+use crate::seen::Rare;
 use crate::server::{Effect, Entry, Stored, ended};
 use crate::sets;
-use crate::source::{by_name, number};
+use crate::source::{by_name, definition, number};
 use crate::target::Connection;
 use crate::world::World;
 use sluice::connectors::postgres::Lsn;
@@ -90,10 +91,14 @@ impl SimApplier {
                 due(table, index) || (wrong(index) && world.server.stored.states[table as usize].is_some())
             })
             .collect();
-        world.seen.not_due += due.iter().filter(|due| !**due).count() as u64;
-        let overtaking = world.breaks(Mutant::BarrierLeftOut);
-        match sets::apply(&before, &part.batch, &due, overtaking, &mut world.dice) {
-            Ok(after) => Ok(after),
+        world.seen.note_all(Rare::NotDue, due.iter().filter(|due| !**due).count() as u64);
+        check_definitions(&mut world, part, &due)?;
+        let mutant = world.mutant;
+        match sets::apply(&before, &part.batch, &due, mutant, &mut world.dice) {
+            Ok((after, of_equal)) => {
+                world.seen.note_all(Rare::OneOfEqualRows, of_equal);
+                Ok(after)
+            }
             Err(what) => {
                 // One whose claim is lost sees another's rows, and will never commit.
                 if world.server.stored.epoch == self.epoch || world.breaks(Mutant::FenceLeftOut) {
@@ -116,27 +121,41 @@ impl Apply for SimApplier {
         self.commit(Point::IntendLog, true, intend).await
     }
 
-    async fn initialize(&mut self, position: &Lsn, _: i64) -> Result<()> {
+    async fn initialize(&mut self, position: &Lsn, timeline: i64) -> Result<()> {
         let position = position.0;
-        let initialize = move |stored: &mut Stored| match stored.position.replace(position) {
-            Some(before) => Err(Error::bug(format!("the first checkpoint was written over one at {before}"))),
-            None => Ok(()),
+        let initialize = move |stored: &mut Stored| {
+            stored.timeline = timeline;
+            match stored.position.replace(position) {
+                Some(before) => Err(Error::bug(format!("the first checkpoint was written over one at {before}"))),
+                None => Ok(()),
+            }
         };
         self.commit(Point::Initialize, true, initialize).await?;
         self.position = Some(position);
         Ok(())
     }
 
-    async fn set_timeline(&mut self, _: i64) -> Result<()> {
-        Ok(())
+    async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
+        self.world().seen.note(Rare::WentOnAfterFailover);
+        let set = move |stored: &mut Stored| {
+            stored.timeline = timeline;
+            Ok(())
+        };
+        self.commit(Point::SetTimeline, true, set).await
     }
 
     async fn begin_copy(&mut self, table: &MappedTable, _: bool) -> Result<i64> {
-        let table = number(table);
+        let (table, definition) = (number(table), definition(table));
+        {
+            let mut world = self.world();
+            if world.server.stored.states[table].is_some_and(|entry| entry.copied_at > 0 && entry.definition != definition) {
+                world.seen.note(Rare::CopiedUnderNewDefinition);
+            }
+        }
         let begin = move |stored: &mut Stored| {
             *stored.rows(table) = Rows::default();
             let generation = stored.entry(table).generation + 1;
-            *stored.entry(table) = Entry { state: TableState::Copying, generation, position: None, done: 0 };
+            *stored.entry(table) = Entry::copying(generation, definition);
             Ok(())
         };
         self.commit(Point::BeginCopy, true, begin).await?;
@@ -144,10 +163,16 @@ impl Apply for SimApplier {
     }
 
     async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
+        match state {
+            TableState::Error => self.world().seen.note(Rare::LeftPublication),
+            TableState::Init => self.world().seen.note(Rare::CopyBeyondSwitch),
+            _ => {}
+        }
         let (table, position) = (number(table), position.map(|position| position.0));
         let at_once = state == TableState::CatchingUp && self.world().breaks(Mutant::JoinAtOnce);
         let set = move |stored: &mut Stored| {
             let entry = stored.entry(table);
+            entry.copied_at = position.unwrap_or(entry.copied_at);
             (entry.state, entry.position) = if at_once { (TableState::Ready, None) } else { (state, position) };
             Ok(())
         };
@@ -188,13 +213,13 @@ impl Apply for SimApplier {
         let after = self.write(&part, due)?;
         self.tables = Some(after);
         if part.open {
-            self.world().seen.open_parts += 1;
+            self.world().seen.note(Rare::OpenPart);
             self.open = Some(before);
             self.in_flight.push_back(InFlight::Piece);
             return Ok(());
         }
         self.open = None;
-        self.world().seen.joined_by_part += joined.len() as u64;
+        self.world().seen.note_all(Rare::JoinedByPart, joined.len() as u64);
         let (position, joined) = (part.end().0, joined.iter().map(by_name).collect::<Vec<_>>());
         let (from, patch) = (self.position, Patch::between(&before, &after));
         if self.world().breaks(Mutant::CheckpointBeforeData) {
@@ -208,7 +233,7 @@ impl Apply for SimApplier {
         });
         let number = self.world().server.send(self.connection.backend, self.epoch, Some(from), false, effect)?;
         let behind = self.in_flight.iter().any(|part| matches!(part, InFlight::Sent { .. }));
-        self.world().seen.behind_others += u64::from(behind);
+        self.world().seen.note_all(Rare::BehindAnother, behind.into());
         self.in_flight.push_back(InFlight::Sent { number, position });
         self.connection.reach.strike(Point::Apply, Moment::Committing).await
     }
@@ -236,7 +261,7 @@ impl Apply for SimApplier {
     async fn advance(&mut self, position: &Lsn, joined: &[QualifiedName]) -> Result<()> {
         let idle = self.in_flight.is_empty() && self.open.is_none();
         self.world().require(idle, || "an idle position is written while parts are in flight".into());
-        self.world().seen.joined_idle += joined.len() as u64;
+        self.world().seen.note_all(Rare::JoinedIdle, joined.len() as u64);
         self.move_to(Point::Advance, position.0, joined.iter().map(by_name).collect()).await
     }
 
@@ -263,6 +288,19 @@ impl Apply for SimApplier {
     fn mode(&self) -> ApplyMode {
         ApplyMode::Replica
     }
+}
+
+/// Rows under another definition than the mapped one can be skipped, not written.
+fn check_definitions(world: &mut World, part: &Part<Lsn>, due: &[bool]) -> Result<()> {
+    for (change, due) in part.batch.changes().iter().zip(due) {
+        let Some(difference) = &part.batch.table(change).differs else { continue };
+        if *due && !world.breaks(Mutant::DefinitionNotCompared) || world.breaks(Mutant::DefinitionJudgedTooEarly) {
+            world.seen.note(Rare::DefinitionRefused);
+            return Err(Error::stop(reason::SCHEMA_CHANGED, difference.clone()));
+        }
+        world.seen.note(Rare::OldDefinitionSkipped);
+    }
+    Ok(())
 }
 
 /// The rows that a transaction leaves changed.

@@ -9,6 +9,7 @@ pub enum Point {
     Tables,
     Published,
     LogState,
+    LeftTimeline,
     Open,
     Next,
     Snapshot,
@@ -25,6 +26,7 @@ pub enum Point {
     Load,
     IntendLog,
     Initialize,
+    SetTimeline,
     BeginCopy,
     SetState,
     Forget,
@@ -33,11 +35,12 @@ pub enum Point {
 }
 
 impl Point {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 27] = [
         Self::Identity,
         Self::Tables,
         Self::Published,
         Self::LogState,
+        Self::LeftTimeline,
         Self::Open,
         Self::Next,
         Self::Snapshot,
@@ -54,6 +57,7 @@ impl Point {
         Self::Load,
         Self::IntendLog,
         Self::Initialize,
+        Self::SetTimeline,
         Self::BeginCopy,
         Self::SetState,
         Self::Forget,
@@ -71,6 +75,7 @@ impl Point {
             | Self::Finish
             | Self::IntendLog
             | Self::Initialize
+            | Self::SetTimeline
             | Self::BeginCopy
             | Self::SetState
             | Self::Forget

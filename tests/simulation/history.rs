@@ -1,4 +1,5 @@
-//! The simulated source's tables and their history: writers that overlap, roll back and wait for a standby.
+//! The simulated source's tables and their history: writers that overlap, roll back and wait for a standby; tables that are
+//! altered; somebody who takes tables out of the publication; failovers.
 
 use crate::dice::Dice;
 
@@ -8,9 +9,19 @@ pub const KEYS: usize = 8;
 const UNIQUE_VALUES: u32 = KEYS as u32 + 2;
 /// The table whose `unique` column is unique.
 pub const UNIQUE_TABLE: usize = 1;
+/// The table without a key: nothing but all its values names a row, and several rows may be equal.
+pub const KEYLESS_TABLE: usize = 2;
+/// Values of a column of that table: few, so that rows are equal.
+const KEYLESS_VALUES: u32 = 3;
+/// What a column holds that holds nothing.
+pub const NULL: u32 = u32::MAX;
+/// Definitions that a table may have, one after the other.
+pub const DEFINITIONS: usize = 3;
+/// What an ALTER TABLE does to all values of a column, without a word about the rows in the log.
+const REWRITTEN: u32 = 10_000;
 
 /// A row, without its key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Row {
     pub unique: u32,
     pub value: u32,
@@ -18,7 +29,7 @@ pub struct Row {
     pub toast: u32,
 }
 
-/// A table's rows by key.
+/// A table's rows by key; where there is none, by where they lie.
 pub type Rows = [Option<Row>; KEYS];
 /// All tables.
 pub type Tables = [Rows; TABLES];
@@ -26,27 +37,53 @@ pub type Tables = [Rows; TABLES];
 /// What a statement did to a row.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
-    Insert { key: usize, row: Row },
-    Update { old: usize, key: usize, row: Row, toast_sent: bool },
-    Delete { key: usize },
-    Truncate { group: u32 },
+    Insert {
+        key: usize,
+        row: Row,
+    },
+    Update {
+        old: usize,
+        key: usize,
+        row: Row,
+        toast_sent: bool,
+    },
+    Delete {
+        key: usize,
+    },
+    Truncate {
+        group: u32,
+    },
+    /// Not sent.
+    Alter,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct RowChange {
     pub table: usize,
     pub kind: Kind,
+    /// The row that was updated or deleted.
+    pub before: Option<Row>,
+    /// The definition of the table since then.
+    pub definition: usize,
     /// The table was in the publication when this was written.
     pub published: bool,
+    /// How often the table had come into the publication by then.
+    pub times_published: u32,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Transaction {
     pub commit_start: u64,
     pub end: u64,
     pub changes: Vec<RowChange>,
     /// Ordinary snapshots see it. The log holds it in any case.
     pub visible: bool,
+}
+
+impl Transaction {
+    fn alters(&self) -> bool {
+        self.changes.iter().any(|change| matches!(change.kind, Kind::Alter))
+    }
 }
 
 /// A transaction that has not committed.
@@ -63,16 +100,34 @@ struct Writer {
 type Locks = [u16; TABLES];
 const WHOLE: u16 = u16::MAX;
 
+/// The lasting slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    pub made_at: u64,
+    pub confirmed: u64,
+}
+
 #[derive(Default)]
 pub struct History {
     pub transactions: Vec<Transaction>,
     /// Where the log ends.
     pub end: u64,
-    pub published: [bool; TABLES],
-    /// Confirmed position of the lasting slot.
-    pub slot: Option<u64>,
+    published: [bool; TABLES],
+    times_published: [u32; TABLES],
+    pub slot: Option<Slot>,
+    /// Old images of tables with a key hold the whole row, too.
+    pub full_images: bool,
     /// Transactions that will still begin.
     pub writes_left: u32,
+    alters_left: u32,
+    takes_left: u32,
+    failovers_left: u32,
+    /// What the publication held, from which position on.
+    publications: Vec<(u64, [bool; TABLES])>,
+    /// Definitions of the tables, with everything that the log holds.
+    definitions: [usize; TABLES],
+    /// Transactions of earlier timelines, from the first on, and where each was left.
+    left: Vec<(Vec<Transaction>, u64)>,
     /// With everything that open writers have done.
     rows: Tables,
     writers: Vec<Writer>,
@@ -88,7 +143,107 @@ impl History {
         while history.writes_left > writes {
             history.step(dice);
         }
+        history.full_images = dice.chance(250);
+        history.alters_left = dice.below(5).saturating_sub(2);
+        history.takes_left = dice.below(6).saturating_sub(3);
+        history.failovers_left = dice.below(7).saturating_sub(4);
         history
+    }
+
+    /// Which server this is, so to say.
+    pub fn timeline(&self) -> i64 {
+        self.left.len() as i64 + 1
+    }
+
+    /// Where the history left an earlier timeline.
+    pub fn left_timeline_at(&self, timeline: i64) -> Option<u64> {
+        self.left.get(timeline as usize - 1).map(|(_, switch)| *switch)
+    }
+
+    /// The transactions of a timeline; of one that was left, also those that were lost.
+    pub fn on_timeline(&self, timeline: i64) -> &[Transaction] {
+        self.left.get(timeline as usize - 1).map_or(&self.transactions, |(transactions, _)| transactions)
+    }
+
+    pub fn published(&self) -> [bool; TABLES] {
+        self.published
+    }
+
+    pub fn publish(&mut self, tables: [bool; TABLES]) {
+        self.end += 16;
+        for (table, times) in self.times_published.iter_mut().enumerate() {
+            *times += u32::from(tables[table] && !self.published[table]);
+        }
+        self.published = tables;
+        self.publications.push((self.end, tables));
+    }
+
+    /// Sometimes somebody takes a table out of the publication.
+    pub fn take_out(&mut self, dice: &mut Dice) -> bool {
+        let table = dice.below(TABLES as u32) as usize;
+        if self.takes_left == 0 || !self.published[table] {
+            return false;
+        }
+        self.takes_left -= 1;
+        let mut published = self.published;
+        published[table] = false;
+        self.publish(published);
+        true
+    }
+
+    /// Sometimes a standby takes over, which may lack the last transactions. Whatever has not committed is gone.
+    pub fn fail_over(&mut self, dice: &mut Dice) -> bool {
+        let least = self.left.last().map_or(0, |(_, switch)| *switch);
+        let kept = self.transactions.len().saturating_sub(dice.below(5) as usize);
+        let lacks = kept < self.transactions.len();
+        let switch = if lacks { self.transactions[..kept].last().map_or(0, |transaction| transaction.end) } else { self.end };
+        if self.failovers_left == 0 || switch < least {
+            return false;
+        }
+        self.failovers_left -= 1;
+        self.left.push((self.transactions.clone(), switch));
+        self.transactions.truncate(kept);
+        self.end = switch + 16;
+        self.slot = self.slot.filter(|slot| slot.made_at <= switch);
+        if let Some(slot) = &mut self.slot {
+            slot.confirmed = slot.confirmed.min(switch);
+        }
+        self.publications.retain(|(from, _)| *from <= switch);
+        self.published = self.publications.last().map_or([false; TABLES], |(_, published)| *published);
+        self.writers.clear();
+        self.stalled.clear();
+        self.locks = Locks::default();
+        (self.rows, self.definitions) = (Tables::default(), Default::default());
+        for transaction in &mut self.transactions {
+            transaction.visible = true;
+            for change in &transaction.changes {
+                replay(&mut self.rows[change.table], &change.kind);
+                self.definitions[change.table] = change.definition;
+            }
+        }
+        true
+    }
+
+    /// The definition of a table as the log has it.
+    pub fn definition(&self, table: usize) -> usize {
+        self.definitions[table]
+    }
+
+    /// The definition of a table as the catalog shows it.
+    pub fn visible_definition(&self, table: usize) -> usize {
+        self.definitions[table] - usize::from(self.is_being_altered(table))
+    }
+
+    /// A table is locked by an ALTER TABLE that has not quite committed.
+    pub fn is_being_altered(&self, table: usize) -> bool {
+        let alters = |transaction: &Transaction| {
+            transaction.changes.iter().any(|change| change.table == table && matches!(change.kind, Kind::Alter))
+        };
+        self.stalled.iter().any(|(transaction, _)| alters(&self.transactions[*transaction]))
+    }
+
+    pub fn was_altered(&self) -> bool {
+        self.left.iter().map(|(transactions, _)| transactions).chain([&self.transactions]).flatten().any(Transaction::alters)
     }
 
     /// Nothing more will ever happen.
@@ -123,6 +278,9 @@ impl History {
             _ if self.writes_left > 0 => {
                 self.writes_left -= 1;
                 self.counter += 1;
+                if self.alters_left > 0 && dice.chance(100) {
+                    return self.alter(dice);
+                }
                 let mut writer = Writer { number: self.counter, ..Writer::default() };
                 let changes = if dice.chance(100) { 4 + dice.below(8) } else { dice.below(4) };
                 (0..changes).for_each(|_| self.change(&mut writer, dice));
@@ -141,7 +299,7 @@ impl History {
             return;
         }
         self.counter += 1;
-        let value = self.counter as u32;
+        let value = if table == KEYLESS_TABLE { keyless_value(dice) } else { self.counter as u32 };
         let kind = match self.rows[table][key] {
             None => Kind::Insert { key, row: Row { unique: self.unique(table, dice), value, toast: value } },
             Some(row) => match dice.below(8) {
@@ -151,12 +309,28 @@ impl History {
                     let unique = if dice.chance(400) { self.unique(table, dice) } else { row.unique };
                     let row = Row { unique, value, toast: if toast_sent { value } else { row.toast } };
                     let to = dice.below(KEYS as u32) as usize;
-                    let moves = choice == 2 && self.rows[table][to].is_none() && self.lock(writer, table, 1 << to);
+                    let may_move = choice == 2 && table != KEYLESS_TABLE;
+                    let moves = may_move && self.rows[table][to].is_none() && self.lock(writer, table, 1 << to);
                     Kind::Update { old: key, key: if moves { to } else { key }, row, toast_sent }
                 }
             },
         };
         self.write(writer, table, kind);
+    }
+
+    /// A table gets another definition, in a transaction that may do more.
+    fn alter(&mut self, dice: &mut Dice) {
+        let table = dice.below(TABLES as u32) as usize;
+        let mut writer = Writer { number: self.counter, ..Writer::default() };
+        if self.definitions[table] + 1 == DEFINITIONS || !self.lock(&mut writer, table, WHOLE) {
+            return;
+        }
+        self.alters_left -= 1;
+        (0..dice.below(3)).for_each(|_| self.change(&mut writer, dice));
+        self.definitions[table] += 1;
+        self.write(&mut writer, table, Kind::Alter);
+        (0..dice.below(3)).for_each(|_| self.change(&mut writer, dice));
+        self.commit(writer, dice);
     }
 
     fn truncate(&mut self, writer: &mut Writer, table: usize, dice: &mut Dice) {
@@ -174,6 +348,9 @@ impl History {
 
     /// A value that no row has, as far as rows must not share one.
     fn unique(&self, table: usize, dice: &mut Dice) -> u32 {
+        if table == KEYLESS_TABLE {
+            return keyless_value(dice);
+        }
         let mut unique = dice.below(UNIQUE_VALUES);
         while table == UNIQUE_TABLE && self.rows[table].iter().flatten().any(|row| row.unique == unique) {
             unique = (unique + 1) % UNIQUE_VALUES;
@@ -186,7 +363,19 @@ impl History {
         replay(&mut self.rows[table], &kind);
         let changed = (0..KEYS).filter(|key| before[*key] != self.rows[table][*key]);
         writer.undo.extend(changed.map(|key| (table, key, before[key])));
-        writer.changes.push(RowChange { table, kind, published: self.published[table] });
+        let old = match kind {
+            Kind::Update { old, .. } => before[old],
+            Kind::Delete { key } => before[key],
+            Kind::Insert { .. } | Kind::Truncate { .. } | Kind::Alter => None,
+        };
+        writer.changes.push(RowChange {
+            table,
+            kind,
+            before: old,
+            definition: self.definitions[table],
+            published: self.published[table],
+            times_published: self.times_published[table],
+        });
     }
 
     /// Where rows depend on each other a writer takes the whole table.
@@ -263,29 +452,18 @@ pub fn replay(rows: &mut Rows, kind: &Kind) {
         }
         Kind::Delete { key } => rows[key] = None,
         Kind::Truncate { .. } => *rows = Rows::default(),
+        Kind::Alter => rows.iter_mut().flatten().filter(|row| row.value != NULL).for_each(|row| row.value += REWRITTEN),
     }
 }
 
-/// The history applied row by row up to a position that moves on.
-#[derive(Clone, Default)]
-pub struct Oracle {
-    applied: usize,
-    rows: Rows,
+fn keyless_value(dice: &mut Dice) -> u32 {
+    Some(dice.below(KEYLESS_VALUES)).filter(|value| *value > 0).unwrap_or(NULL)
 }
 
-impl Oracle {
-    /// One table at a position: every transaction that has ended by then.
-    pub fn at(&mut self, history: &History, table: usize, position: u64) -> &Rows {
-        let goes_back = self.applied.checked_sub(1).is_some_and(|last| history.transactions[last].end > position);
-        if goes_back {
-            *self = Self::default();
-        }
-        for transaction in history.transactions[self.applied..].iter().take_while(|transaction| transaction.end <= position) {
-            self.applied += 1;
-            for change in transaction.changes.iter().filter(|change| change.table == table) {
-                replay(&mut self.rows, &change.kind);
-            }
-        }
-        &self.rows
+/// Rows without a key lie anywhere: those of a table are put into an order in which equal tables are equal.
+pub fn in_order(table: usize, mut rows: Rows) -> Rows {
+    if table == KEYLESS_TABLE {
+        rows.sort_unstable_by_key(|row| (row.is_none(), *row));
     }
+    rows
 }

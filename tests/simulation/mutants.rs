@@ -30,10 +30,28 @@ pub enum Mutant {
     OrdinarySnapshot,
     /// Of two parts in flight the later one commits first.
     LaterPartCommitsFirst,
+    /// A change of a row without a key touches all rows that are equal to it.
+    AllEqualRowsTouched,
+    /// A row without a key is looked for with `=`, by which nothing equals NULL.
+    NullEqualsNothing,
+    /// Changes of rows without a key are taken for changes of one key.
+    KeylessNetEffects,
+    /// Rows of another definition of a table are written as if they were of the mapped one.
+    DefinitionNotCompared,
+    /// A row of another definition ends the stream although it is not due.
+    DefinitionJudgedTooEarly,
+    /// A table in the checkpoint is taken for one of today's definition.
+    CopiedDefinitionForgotten,
+    /// The publication is taken for what it was asked to be.
+    LeavingNotNoticed,
+    /// A log is opened on whatever timeline the server is on.
+    TimelineNotCompared,
+    /// Any position of an earlier timeline is taken for one before the switch.
+    SwitchPointLeftOut,
 }
 
 impl Mutant {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 23] = [
         Self::CheckpointBeforeData,
         Self::BeginInsteadOfEnd,
         Self::DueByGreaterOrEqual,
@@ -48,5 +66,14 @@ impl Mutant {
         Self::BarrierLeftOut,
         Self::OrdinarySnapshot,
         Self::LaterPartCommitsFirst,
+        Self::AllEqualRowsTouched,
+        Self::NullEqualsNothing,
+        Self::KeylessNetEffects,
+        Self::DefinitionNotCompared,
+        Self::DefinitionJudgedTooEarly,
+        Self::CopiedDefinitionForgotten,
+        Self::LeavingNotNoticed,
+        Self::TimelineNotCompared,
+        Self::SwitchPointLeftOut,
     ];
 }

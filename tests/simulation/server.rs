@@ -13,6 +13,7 @@ pub struct Stored {
     pub epoch: i64,
     pub intended: bool,
     pub position: Option<u64>,
+    pub timeline: i64,
     pub states: [Option<Entry>; TABLES],
 }
 
@@ -24,12 +25,23 @@ pub struct Entry {
     pub position: Option<u64>,
     /// A bit for each range.
     pub done: u32,
+    /// The definition that it is copied under.
+    pub definition: usize,
+    /// The position that the copy is tied to: only the oracle knows it for good.
+    pub copied_at: u64,
+}
+
+impl Entry {
+    /// A table that begins its copy.
+    pub fn copying(generation: i64, definition: usize) -> Self {
+        Self { state: TableState::Copying, generation, position: None, done: 0, definition, copied_at: 0 }
+    }
 }
 
 impl Stored {
     /// A table in the checkpoint; it comes into being when it is not there.
     pub fn entry(&mut self, table: usize) -> &mut Entry {
-        self.states[table].get_or_insert(Entry { state: TableState::Init, generation: 0, position: None, done: 0 })
+        self.states[table].get_or_insert(Entry { state: TableState::Init, ..Entry::copying(0, 0) })
     }
 
     pub fn rows(&mut self, table: usize) -> &mut Rows {

@@ -2,42 +2,52 @@
 //! strict, and must leave the same rows.
 
 use crate::dice::Dice;
-use crate::history::{Row, Rows, TABLES, Tables, UNIQUE_TABLE};
+use crate::history::{KEYLESS_TABLE, NULL, Row, Rows, TABLES, Tables, UNIQUE_TABLE, in_order};
+use crate::mutants::Mutant;
 use sluice::engine::batch::{Batch, Cell, CellKind, Op};
 use sluice::engine::coalesce::{Action, Order, Step, TableRule, Write, plan};
 
-/// The tables after the due changes. An error is a change that does not fit, or a difference between the two ways.
-pub fn apply(before: &Tables, batch: &Batch, due: &[bool], overtaking: bool, dice: &mut Dice) -> Result<Tables, String> {
+/// The tables after the due changes, and how many of them touched one of several equal rows. An error is a change that does not
+/// fit, or a difference between the two ways.
+pub fn apply(before: &Tables, batch: &Batch, due: &[bool], mutant: Option<Mutant>, dice: &mut Dice) -> Result<(Tables, u64), String> {
     let mut rows = *before;
+    let mut of_equal = 0;
     for (change, _) in batch.changes().iter().zip(due).filter(|(_, due)| **due) {
         let table = batch.table(change).id as usize;
         let values = |image| values(batch.cells(image), |cell| batch.bytes(cell));
         let (rows, old, new) = (&mut rows[table], values(change.old), values(change.new));
+        of_equal += u64::from(table == KEYLESS_TABLE && rows.iter().filter(|row| old.is(row)).count() > 1);
         let fits = match change.op {
             Op::Truncate => {
                 *rows = Rows::default();
                 Ok(())
             }
-            Op::Delete => remove(rows, &old).map(|_| ()),
+            Op::Delete => remove(rows, table, &old).map(|_| ()),
             Op::Insert => put(rows, table, None, &new),
             Op::Update => update(rows, table, &old, &new),
         };
         fits.map_err(|what| format!("row by row: {what} in table {table}"))?;
     }
-    let sets = as_sets(before, batch, due, overtaking, dice)?;
-    if sets == rows { Ok(rows) } else { Err(format!("row by row: {rows:?}\nas sets:    {sets:?}")) }
+    let [rows, sets] = [rows, as_sets(before, batch, due, mutant, dice)?].map(|mut tables| {
+        tables[KEYLESS_TABLE] = in_order(KEYLESS_TABLE, tables[KEYLESS_TABLE]);
+        tables
+    });
+    if sets == rows { Ok((rows, of_equal)) } else { Err(format!("row by row: {rows:?}\nas sets:    {sets:?}")) }
 }
 
 /// Any order that a table allows may be chosen for it.
-fn as_sets(before: &Tables, batch: &Batch, due: &[bool], overtaking: bool, dice: &mut Dice) -> Result<Tables, String> {
+fn as_sets(before: &Tables, batch: &Batch, due: &[bool], mutant: Option<Mutant>, dice: &mut Dice) -> Result<Tables, String> {
     let mut sets = *before;
     let rules: [TableRule<'_>; TABLES] = std::array::from_fn(|table| {
         let order = match table {
-            UNIQUE_TABLE if overtaking => Order::Key,
+            UNIQUE_TABLE if mutant == Some(Mutant::BarrierLeftOut) => Order::Key,
             UNIQUE_TABLE => [Order::Guarded, Order::Table, Order::All][dice.below(3) as usize],
+            KEYLESS_TABLE if mutant == Some(Mutant::KeylessNetEffects) => Order::Key,
+            KEYLESS_TABLE => [Order::Table, Order::All][dice.below(2) as usize],
             _ => [Order::Key, Order::Key, Order::Guarded, Order::All][dice.below(4) as usize],
         };
-        TableRule { key: &[0], order, rewrites: order == Order::Guarded || dice.chance(500) }
+        let key: &[usize] = if table == KEYLESS_TABLE { &[] } else { &[0] };
+        TableRule { key, order, rewrites: order == Order::Guarded || dice.chance(500) }
     });
     let rules: Vec<TableRule<'_>> = batch.tables().iter().map(|table| rules[table.id as usize]).collect();
     let plan = plan(batch, &rules, |_, index| due[index]).map_err(|error| error.to_string())?;
@@ -51,12 +61,37 @@ fn as_sets(before: &Tables, batch: &Batch, due: &[bool], overtaking: bool, dice:
                 if !write.one_by_one {
                     dice.shuffle(&mut written);
                 }
-                let fits = write_set(&mut sets[table], table, write, &written);
+                let rows = &mut sets[table];
+                let fits = match table {
+                    KEYLESS_TABLE => write_rows(rows, write.action, &written, mutant),
+                    _ => write_set(rows, table, write, &written),
+                };
                 fits.map_err(|what| format!("as a set ({:?}): {what} in table {table}", write.action))?;
             }
         }
     }
     Ok(sets)
+}
+
+/// Rows without a key, one by one.
+fn write_rows(rows: &mut Rows, action: Action, written: &[(Values, Values)], mutant: Option<Mutant>) -> Result<(), String> {
+    for (old, new) in written {
+        if action == Action::Insert {
+            put(rows, KEYLESS_TABLE, None, new)?;
+            continue;
+        }
+        let unequal = mutant == Some(Mutant::NullEqualsNothing) && old.holds_null();
+        let equal = rows.iter().filter(|row| old.is(row) && !unequal).count();
+        let touched = if mutant == Some(Mutant::AllEqualRowsTouched) { equal } else { 1 };
+        for _ in 0..touched {
+            match action {
+                _ if equal == 0 => return Err(format!("{old:?} is not there")),
+                Action::Delete => drop(remove(rows, KEYLESS_TABLE, old)?),
+                _ => update(rows, KEYLESS_TABLE, old, new)?,
+            }
+        }
+    }
+    Ok(())
 }
 
 fn write_set(rows: &mut Rows, table: usize, write: &Write, written: &[(Values, Values)]) -> Result<(), String> {
@@ -67,13 +102,13 @@ fn write_set(rows: &mut Rows, table: usize, write: &Write, written: &[(Values, V
             Action::Update => update(rows, table, &Values::default(), new)?,
             Action::UpdateKey => update(rows, table, old, new)?,
             Action::Delete => {
-                remove(rows, old)?;
+                remove(rows, table, old)?;
             }
             Action::Rewrite => {
                 let from = if old.key.is_some() { old } else { new };
                 let held = rows[from.key()?].ok_or_else(|| format!("{from:?} to rewrite is not there"))?;
                 if from.key()? != new.key()? || new.unique.is_some_and(|unique| unique != held.unique) {
-                    gone.push((remove(rows, from)?, new));
+                    gone.push((remove(rows, table, from)?, new));
                 } else {
                     update(rows, table, &Values::default(), new)?;
                 }
@@ -87,7 +122,7 @@ fn write_set(rows: &mut Rows, table: usize, write: &Write, written: &[(Values, V
 /// An image as numbers; what it leaves out is none.
 #[derive(Debug, Default)]
 struct Values {
-    key: Option<usize>,
+    key: Option<u32>,
     unique: Option<u32>,
     value: Option<u32>,
     toast: Option<u32>,
@@ -95,24 +130,38 @@ struct Values {
 
 impl Values {
     fn key(&self) -> Result<usize, String> {
-        self.key.ok_or_else(|| "an image without its key".into())
+        self.key.map(|key| key as usize).ok_or_else(|| "an image without its key".into())
+    }
+
+    /// Whether it is this row, all values of it; NULL is the same as NULL.
+    fn is(&self, row: &Option<Row>) -> bool {
+        row.is_some_and(|row| [self.unique, self.value, self.toast] == [row.unique, row.value, row.toast].map(Some))
+    }
+
+    fn holds_null(&self) -> bool {
+        [self.unique, self.value, self.toast].contains(&Some(NULL))
     }
 }
 
 fn values<'a>(cells: &[Cell], bytes: impl Fn(Cell) -> &'a [u8]) -> Values {
     let number = |column: usize| {
-        let cell = cells.get(column).filter(|cell| cell.kind == CellKind::Text)?;
-        std::str::from_utf8(bytes(*cell)).ok()?.parse::<u32>().ok()
+        let cell = cells.get(column)?;
+        match cell.kind {
+            CellKind::Null => Some(NULL),
+            CellKind::Text => std::str::from_utf8(bytes(*cell)).ok()?.parse::<u32>().ok(),
+            CellKind::Unchanged | CellKind::Binary => None,
+        }
     };
-    Values { key: number(0).map(|key| key as usize), unique: number(1), value: number(2), toast: number(3) }
+    Values { key: number(0), unique: number(1), value: number(2), toast: number(3) }
 }
 
-fn remove(rows: &mut Rows, old: &Values) -> Result<Row, String> {
-    rows[old.key()?].take().ok_or_else(|| format!("{old:?} to remove is not there"))
+fn remove(rows: &mut Rows, table: usize, old: &Values) -> Result<Row, String> {
+    let place = if table == KEYLESS_TABLE { rows.iter().position(|row| old.is(row)) } else { Some(old.key()?) };
+    place.and_then(|place| rows[place].take()).ok_or_else(|| format!("{old:?} to remove is not there"))
 }
 
 fn update(rows: &mut Rows, table: usize, old: &Values, new: &Values) -> Result<(), String> {
-    let held = remove(rows, if old.key.is_some() { old } else { new })?;
+    let held = remove(rows, table, if old.key.is_some() { old } else { new })?;
     put(rows, table, Some(held), new)
 }
 
@@ -127,8 +176,10 @@ fn put(rows: &mut Rows, table: usize, held: Option<Row>, new: &Values) -> Result
     if table == UNIQUE_TABLE && rows.iter().flatten().any(|other| other.unique == row.unique) {
         return Err(format!("for {new:?}: another row has that unique value"));
     }
-    match rows[new.key()?].replace(row) {
-        Some(_) => Err(format!("{new:?} is there already")),
-        None => Ok(()),
+    let place = if table == KEYLESS_TABLE { rows.iter().position(Option::is_none) } else { Some(new.key()?) };
+    match place.map(|place| rows[place].replace(row)) {
+        Some(None) => Ok(()),
+        Some(Some(_)) => Err(format!("{new:?} is there already")),
+        None => Err(format!("{new:?} is more than there ever was")),
     }
 }

@@ -1,8 +1,10 @@
 //! The simulated source: slot, snapshots, publication, log.
 
 use crate::faults::{Moment, Point};
-use crate::history::{Kind, Oracle, RowChange, TABLES, Tables};
+use crate::history::{DEFINITIONS, KEYLESS_TABLE, Kind, NULL, Row, RowChange, Rows, Slot, TABLES, Tables};
 use crate::mutants::Mutant;
+use crate::oracle::{Held, Oracle};
+use crate::seen::Rare;
 use crate::world::{Reach, World};
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
@@ -13,6 +15,7 @@ use sluice::engine::roles::{
 use sluice::engine::structure::SequenceValue;
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
@@ -20,42 +23,59 @@ use tokio::time::Instant;
 /// Ranges of each table.
 const RANGES: usize = 2;
 
-static MAPPED: LazyLock<[MappedTable; TABLES]> = LazyLock::new(|| std::array::from_fn(mapped));
+/// Each table under each of its definitions.
+static MAPPED: LazyLock<[[MappedTable; DEFINITIONS]; TABLES]> =
+    LazyLock::new(|| std::array::from_fn(|table| std::array::from_fn(|definition| mapped(table, definition, None))));
+/// As the log describes a table that is mapped under another definition.
+static DIFFERING: LazyLock<[[Arc<TableVersion>; DEFINITIONS]; TABLES]> = LazyLock::new(|| {
+    let version = |table, definition| mapped(table, definition, Some("column `v` has another type".into())).version;
+    std::array::from_fn(|table| std::array::from_fn(|definition| version(table, definition)))
+});
 static NUMBERS: LazyLock<Vec<String>> = LazyLock::new(|| (0..5000).map(|number| number.to_string()).collect());
 
 pub fn number(table: &MappedTable) -> usize {
     table.version.id as usize
 }
 
+/// The definition that a table is mapped under.
+pub fn definition(table: &MappedTable) -> usize {
+    let columns = &table.version.columns;
+    let known = MAPPED[number(table)].iter().position(|mapped| mapped.version.columns == *columns);
+    known.expect("a definition of the simulation")
+}
+
 /// The number of a table of that name.
 pub fn by_name(name: &QualifiedName) -> usize {
-    MAPPED.iter().position(|table| table.source() == name).expect("a table of the simulation")
+    MAPPED.iter().position(|[table, ..]| table.source() == name).expect("a table of the simulation")
 }
 
-pub fn table(number: usize) -> &'static MappedTable {
-    &MAPPED[number]
+pub fn table(number: usize, definition: usize) -> &'static MappedTable {
+    &MAPPED[number][definition]
 }
 
-fn mapped(table: usize) -> MappedTable {
-    let column = |name: &str, key| Column {
+fn mapped(table: usize, definition: usize, differs: Option<String>) -> MappedTable {
+    let has_key = table != KEYLESS_TABLE;
+    let column = |name: &str, declared: &str| Column {
         name: name.into(),
         type_id: 25,
         type_name: QualifiedName::new("pg_catalog", "text"),
-        declared: "text".into(),
-        key,
-        not_null: key,
+        declared: declared.into(),
+        key: has_key && name == "k",
+        not_null: has_key && name == "k",
         generated: None,
         collation: None,
     };
     let name = QualifiedName::new("public", format!("t{table}"));
-    let columns = vec![column("k", true), column("u", false), column("v", false), column("t", false)];
-    let version = TableVersion { id: table as u32, name: name.clone(), columns, identity: Identity::Key, differs: None };
+    let declared = format!("type {definition}");
+    let columns = vec![column("k", "text"), column("u", "text"), column("v", &declared), column("t", "text")];
+    let identity = if has_key { Identity::Key } else { Identity::Full };
+    let version = TableVersion { id: table as u32, name: name.clone(), columns, identity, differs };
     MappedTable {
         version: Arc::new(version),
         target: name,
         generated: Vec::new(),
         excluded: Vec::new(),
-        primary_key: vec!["k".into()],
+        primary_key: if has_key { vec!["k".into()] } else { Vec::new() },
         primary_key_name: None,
         estimated_rows: 8,
         blocks: 4,
@@ -63,36 +83,79 @@ fn mapped(table: usize) -> MappedTable {
     }
 }
 
-#[derive(Clone)]
-pub struct SimSource(pub Reach);
+fn unreachable() -> Error {
+    Error::retry(reason::SOURCE_UNREACHABLE, "the server is not what it was")
+}
+
+pub struct SimSource {
+    reach: Reach,
+    /// The timeline that this session has seen.
+    timeline: AtomicI64,
+}
 
 impl SimSource {
+    pub fn new(reach: Reach) -> Self {
+        Self { reach, timeline: AtomicI64::new(0) }
+    }
+
+    /// A replication session must be on the server that was seen.
+    fn timeline(&self) -> Result<i64> {
+        let (world, seen) = (self.reach.world(), self.timeline.load(Ordering::Relaxed));
+        let is_same = world.history.timeline() == seen || world.breaks(Mutant::TimelineNotCompared);
+        if is_same { Ok(world.history.timeline()) } else { Err(unreachable()) }
+    }
+
     /// A slot's snapshot: creation waits for the writers that are open, and reads what is committed from the log.
-    async fn consistent_point(&self) -> SimSnapshot {
-        let writers = self.0.world().history.open_writers();
-        let ordinary = self.0.world().breaks(Mutant::OrdinarySnapshot);
-        while !ordinary && self.0.world().history.any_open(&writers) {
-            self.0.world().seen.waited_for_writers += 1;
-            self.0.step().await;
-            let mut world = self.0.world();
+    async fn consistent_point(&self) -> Result<SimSnapshot> {
+        let timeline = self.timeline()?;
+        let writers = self.reach.world().history.open_writers();
+        let ordinary = self.reach.world().breaks(Mutant::OrdinarySnapshot);
+        while !ordinary && self.reach.world().history.any_open(&writers) {
+            self.reach.world().seen.note(Rare::WaitedForWriter);
+            self.reach.step().await;
+            let mut world = self.reach.world();
             let World { history, dice, .. } = &mut *world;
             history.step(dice);
         }
-        let mut world = self.0.world();
+        let mut world = self.reach.world();
+        if world.history.timeline() != timeline {
+            return Err(unreachable());
+        }
         // Making a slot writes a record of its own; another source's may not.
         let record = world.dice.chance(600);
         world.history.end += if record { 16 } else { 0 };
         let end = world.history.end;
-        world.seen.stalled_at_snapshot += u64::from(world.history.has_stalled());
-        let tables =
-            if ordinary { world.history.visible() } else { std::array::from_fn(|table| *Oracle::default().at(&world.history, table, end)) };
-        SimSnapshot { reach: self.0.clone(), position: Lsn(end), tables }
+        let stalled = world.history.has_stalled();
+        world.seen.note_all(Rare::StalledAtSnapshot, stalled.into());
+        let tables = if ordinary { world.history.visible() } else { std::array::from_fn(|table| everything(&world, table, end)) };
+        let definitions = std::array::from_fn(|table| world.history.definition(table));
+        Ok(SimSnapshot { reach: self.reach.clone(), timeline, position: Lsn(end), tables, definitions })
     }
 
     async fn publish_now(&self, tables: [bool; TABLES]) -> Result<()> {
-        self.0.world().history.published = tables;
-        self.0.strike(Point::Publish, Moment::After).await
+        {
+            let mut world = self.reach.world();
+            let published = world.history.published();
+            if published != tables {
+                world.history.publish(tables);
+            }
+        }
+        self.reach.strike(Point::Publish, Moment::After).await
     }
+
+    async fn publish_late(&self) -> Result<()> {
+        let late = self.reach.world().late_publication.take();
+        match late {
+            Some(tables) => self.publish_now(tables).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// A table with all that the log holds up to a position.
+fn everything(world: &World, table: usize, position: u64) -> Rows {
+    let held = Held { table, timeline: world.history.timeline(), copied_at: position, definition: 0 };
+    Oracle::default().at(&world.history, held, position).expect("nothing is passed over")
 }
 
 impl Source for SimSource {
@@ -101,93 +164,126 @@ impl Source for SimSource {
     type Log = SimLog;
 
     async fn identity(&self) -> Result<SourceIdentity> {
-        self.0.io(Point::Identity).await?;
-        Ok(SourceIdentity { system_identifier: "1".into(), database: "d".into(), timeline: 1 })
+        self.reach.io(Point::Identity).await?;
+        let timeline = self.reach.world().history.timeline();
+        self.timeline.store(timeline, Ordering::Relaxed);
+        Ok(SourceIdentity { system_identifier: "1".into(), database: "d".into(), timeline })
     }
 
     async fn tables(&self, selection: &Selection) -> Result<Vec<MappedTable>> {
-        self.0.io(Point::Tables).await?;
+        self.reach.io(Point::Tables).await?;
         let Selection::Tables(tables) = selection else { panic!("the simulation selects tables") };
-        Ok(tables.iter().map(|selected| table(by_name(&selected.source)).clone()).collect())
+        let world = self.reach.world();
+        let mapped = |number| table(number, world.history.visible_definition(number)).clone();
+        Ok(tables.iter().map(|selected| mapped(by_name(&selected.source))).collect())
     }
 
     async fn fed(&self, _: &[MappedTable]) -> Result<Vec<Fed>> {
         Ok(Vec::new())
     }
 
-    async fn publish(&self, tables: &[MappedTable]) -> Result<()> {
-        self.0.io(Point::Publish).await?;
-        let wanted = std::array::from_fn(|number| tables.iter().any(|table| table.version.id as usize == number));
-        if self.0.world().breaks(Mutant::PublishAfterSnapshot) {
-            self.0.world().late_publication = Some(wanted);
+    async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {
+        self.reach.io(Point::Publish).await?;
+        let wanted: [bool; TABLES] = std::array::from_fn(|wanted| tables.iter().any(|table| number(table) == wanted));
+        let now = self.reach.world().history.published();
+        let left = present.iter().map(by_name).any(|table| wanted[table] && !now[table]);
+        if left && !self.reach.world().breaks(Mutant::LeavingNotNoticed) {
+            self.reach.world().seen.note(Rare::LeftAtTheLastMoment);
+            return Err(Error::retry(reason::LEFT_PUBLICATION, "a table was taken out just now"));
+        }
+        self.reach.world().asked_to_publish = wanted;
+        if self.reach.world().breaks(Mutant::PublishAfterSnapshot) {
+            self.reach.world().late_publication = Some(wanted);
             return Ok(());
         }
         self.publish_now(wanted).await
     }
 
     async fn published(&self) -> Result<Vec<QualifiedName>> {
-        self.0.io(Point::Published).await?;
-        let world = self.0.world();
-        let published = world.late_publication.unwrap_or(world.history.published);
-        Ok(MAPPED.iter().zip(published).filter(|(_, published)| *published).map(|(table, _)| table.source().clone()).collect())
+        self.reach.io(Point::Published).await?;
+        let world = self.reach.world();
+        let blind = world.breaks(Mutant::LeavingNotNoticed).then_some(world.asked_to_publish);
+        let published = blind.or(world.late_publication).unwrap_or(world.history.published());
+        Ok(MAPPED.iter().zip(published).filter(|(_, published)| *published).map(|([table, ..], _)| table.source().clone()).collect())
     }
 
     async fn log_state(&self) -> Result<Option<LogState<Lsn>>> {
-        self.0.io(Point::LogState).await?;
-        Ok(self.0.world().history.slot.map(|confirmed| LogState { confirmed: Lsn(confirmed), lost: None, active: None }))
+        self.reach.io(Point::LogState).await?;
+        Ok(self.reach.world().history.slot.map(|slot| LogState { confirmed: Lsn(slot.confirmed), lost: None, active: None }))
     }
 
     async fn create_log(&self) -> Result<SimSnapshot> {
-        self.0.io(Point::CreateLog).await?;
-        let snapshot = self.consistent_point().await;
-        let before = self.0.world().history.slot.replace(snapshot.position.0);
-        self.0.world().require(before.is_none(), || "a slot was made over another".into());
-        self.0.strike(Point::CreateLog, Moment::After).await?;
+        self.reach.io(Point::CreateLog).await?;
+        let snapshot = self.consistent_point().await?;
+        let position = snapshot.position.0;
+        let before = self.reach.world().history.slot.replace(Slot { made_at: position, confirmed: position });
+        self.reach.world().require(before.is_none(), || "a slot was made over another".into());
+        self.reach.strike(Point::CreateLog, Moment::After).await?;
         self.publish_late().await?;
         Ok(snapshot)
     }
 
     async fn drop_log(&self) -> Result<()> {
-        self.0.io(Point::DropLog).await?;
-        self.0.world().history.slot = None;
-        self.0.strike(Point::DropLog, Moment::After).await
+        self.reach.io(Point::DropLog).await?;
+        self.reach.world().history.slot = None;
+        self.reach.strike(Point::DropLog, Moment::After).await
     }
 
     async fn snapshot(&self) -> Result<SimSnapshot> {
-        self.0.io(Point::Snapshot).await?;
-        let snapshot = self.consistent_point().await;
+        self.reach.io(Point::Snapshot).await?;
+        let snapshot = self.consistent_point().await?;
         self.publish_late().await?;
         Ok(snapshot)
     }
 
-    async fn open(&self, from: &Lsn, _: &[MappedTable], limits: BatchLimits) -> Result<SimLog> {
-        self.0.io(Point::Open).await?;
+    async fn open(&self, from: &Lsn, tables: &[MappedTable], limits: BatchLimits) -> Result<SimLog> {
+        self.reach.io(Point::Open).await?;
         self.publish_late().await?;
-        let world = self.0.world();
-        if world.history.slot.is_none_or(|confirmed| confirmed > from.0) {
-            let slot = world.history.slot;
-            return Err(Error::stop(reason::CHECKPOINT_BEHIND_SLOT, format!("{from} can't be read, the slot is at {slot:?}")));
+        let timeline = self.timeline()?;
+        let world = self.reach.world();
+        let Some(slot) = world.history.slot else {
+            return Err(Error::stop(reason::CHECKPOINT_WITHOUT_SLOT, "there is no slot"));
+        };
+        if slot.confirmed > from.0 {
+            return Err(Error::stop(reason::CHECKPOINT_BEHIND_SLOT, format!("{from} can't be read, the slot is at {}", slot.confirmed)));
         }
+        let mut definitions = [None; TABLES];
+        tables.iter().for_each(|table| definitions[number(table)] = Some(definition(table)));
         let next = world.history.transactions.partition_point(|transaction| transaction.commit_start < from.0);
-        Ok(SimLog { reach: self.0.clone(), next, inside: 0, limit: limits.rows, received: from.0, quiet_until: None })
+        Ok(SimLog {
+            reach: self.reach.clone(),
+            timeline,
+            definitions,
+            next,
+            inside: 0,
+            limit: limits.rows,
+            received: from.0,
+            quiet_until: None,
+            described: [None; TABLES],
+            announced: 0,
+        })
     }
 
-    async fn left_timeline_at(&self, _: i64) -> Result<Option<Lsn>> {
-        Ok(None)
+    async fn left_timeline_at(&self, timeline: i64) -> Result<Option<Lsn>> {
+        self.reach.io(Point::LeftTimeline).await?;
+        self.timeline()?;
+        let world = self.reach.world();
+        let left_at = world.history.left_timeline_at(timeline);
+        Ok(if world.breaks(Mutant::SwitchPointLeftOut) { Some(Lsn(u64::MAX)) } else { left_at.map(Lsn) })
     }
 
     async fn head(&self) -> Result<Lsn> {
-        Ok(Lsn(self.0.world().history.end))
+        Ok(Lsn(self.reach.world().history.end))
     }
 
     async fn mark(&self) -> Result<()> {
-        self.0.io(Point::Mark).await?;
+        self.reach.io(Point::Mark).await?;
         {
-            let mut world = self.0.world();
+            let mut world = self.reach.world();
             let World { history, dice, .. } = &mut *world;
             history.mark(dice);
         }
-        self.0.strike(Point::Mark, Moment::After).await
+        self.reach.strike(Point::Mark, Moment::After).await
     }
 
     async fn sequence_values(&self, _: &MappedTable) -> Result<Vec<SequenceValue>> {
@@ -199,20 +295,30 @@ impl Source for SimSource {
     }
 }
 
-impl SimSource {
-    async fn publish_late(&self) -> Result<()> {
-        let late = self.0.world().late_publication.take();
-        match late {
-            Some(tables) => self.publish_now(tables).await,
-            None => Ok(()),
-        }
-    }
-}
-
 pub struct SimSnapshot {
     reach: Reach,
+    timeline: i64,
     position: Lsn,
     tables: Tables,
+    definitions: [usize; TABLES],
+}
+
+impl SimSnapshot {
+    /// A reader takes a lock, and sees whether the table is still the one that the snapshot knows.
+    async fn enter(&self, table: usize) -> Result<()> {
+        while self.reach.world().history.is_being_altered(table) {
+            self.reach.step().await;
+            let mut world = self.reach.world();
+            let World { history, dice, .. } = &mut *world;
+            history.step(dice);
+        }
+        let mut world = self.reach.world();
+        if (world.history.timeline(), world.history.definition(table)) == (self.timeline, self.definitions[table]) {
+            return Ok(());
+        }
+        world.seen.note(Rare::SnapshotLost);
+        Err(Error::retry(reason::SNAPSHOT_LOST, "the table was rewritten, or the server is gone"))
+    }
 }
 
 impl Snapshot for SimSnapshot {
@@ -229,6 +335,7 @@ impl Snapshot for SimSnapshot {
     /// A range is every second key; its bytes are lines of numbers.
     async fn read(&self, table: &MappedTable, range: &Range, _: BulkFormat) -> Result<BulkStream> {
         self.reach.io(Point::Read).await?;
+        self.enter(number(table)).await?;
         let rows = &self.tables[number(table)];
         let mut text = String::new();
         for (key, row) in rows.iter().enumerate().skip(range.number as usize).step_by(RANGES) {
@@ -245,11 +352,17 @@ impl Snapshot for SimSnapshot {
 /// Hands out a few transactions, or a piece of one.
 pub struct SimLog {
     reach: Reach,
+    timeline: i64,
+    /// Under which the tables are mapped.
+    definitions: [Option<usize>; TABLES],
     next: usize,
     inside: usize,
     limit: usize,
     received: u64,
     quiet_until: Option<Instant>,
+    /// The definitions as the log has told them last, and how often it has told one.
+    described: [Option<usize>; TABLES],
+    announced: u64,
 }
 
 impl ChangeLog for SimLog {
@@ -260,6 +373,9 @@ impl ChangeLog for SimLog {
         loop {
             let over = {
                 let mut world = self.reach.world();
+                if world.history.timeline() != self.timeline {
+                    return Err(unreachable());
+                }
                 let more = self.next < world.history.transactions.len();
                 // The link is slow: what is in the log is not here yet.
                 if more && world.dice.chance(700) {
@@ -292,11 +408,14 @@ impl ChangeLog for SimLog {
         let mut world = self.reach.world();
         let flushed = world.server.flushed.position;
         world.require(flushed.is_some_and(|flushed| durable.0 <= flushed), || format!("{durable} was confirmed, {flushed:?} is durable"));
-        world.history.slot = world.history.slot.max(Some(durable.0));
+        let is_there = world.history.timeline() == self.timeline;
+        if let Some(slot) = world.history.slot.as_mut().filter(|_| is_there) {
+            slot.confirmed = slot.confirmed.max(durable.0);
+        }
     }
 
     fn announced(&self) -> u64 {
-        0
+        self.announced
     }
 
     fn received(&self) -> (Lsn, Lsn) {
@@ -316,8 +435,16 @@ impl SimLog {
                     return part;
                 }
                 self.inside += 1;
-                if change.published {
-                    push(&mut part.batch, change);
+                if change.published && !matches!(change.kind, Kind::Alter) {
+                    let described = self.described[change.table].replace(change.definition);
+                    self.announced += u64::from(described != Some(change.definition));
+                    let is_mapped = self.definitions[change.table].is_none_or(|mapped| mapped == change.definition);
+                    let version = if is_mapped {
+                        &table(change.table, change.definition).version
+                    } else {
+                        &DIFFERING[change.table][change.definition]
+                    };
+                    push(&mut part.batch, version, change, world.history.full_images);
                 }
             }
             let end = if world.breaks(Mutant::BeginInsteadOfEnd) { transaction.commit_start } else { transaction.end };
@@ -334,47 +461,46 @@ impl SimLog {
     }
 }
 
-/// As pgoutput sends it: the old key where it has changed, no value for what is large and unchanged.
-fn push(batch: &mut Batch, change: &RowChange) {
-    let begin = |batch: &mut Batch, key: usize| {
-        let image = batch.begin_image();
-        batch.push_cell(CellKind::Text, NUMBERS[key].as_bytes());
-        image
-    };
-    let named = |batch: &mut Batch, key: usize| {
-        let image = begin(batch, key);
-        (0..3).for_each(|_| batch.push_cell(CellKind::Null, b""));
-        batch.end_image(image)
-    };
+/// As pgoutput sends it: the old key where it has changed or else the whole old row, no value for what is large and unchanged.
+fn push(batch: &mut Batch, version: &Arc<TableVersion>, change: &RowChange, full_images: bool) {
+    let has_key = change.table != KEYLESS_TABLE;
     let number = |batch: &mut Batch, number: u32| match NUMBERS.get(number as usize) {
         Some(text) => batch.push_cell(CellKind::Text, text.as_bytes()),
+        None if number == NULL => batch.push_cell(CellKind::Null, b""),
         None => batch.push_cell(CellKind::Text, number.to_string().as_bytes()),
+    };
+    let image = |batch: &mut Batch, key: usize, values: [Option<u32>; 3]| {
+        let image = batch.begin_image();
+        number(batch, if has_key { key as u32 } else { NULL });
+        for value in values {
+            match value {
+                Some(value) => number(batch, value),
+                None => batch.push_cell(CellKind::Unchanged, b""),
+            }
+        }
+        batch.end_image(image)
+    };
+    let whole = |batch: &mut Batch, key: usize, row: Row| image(batch, key, [row.unique, row.value, row.toast].map(Some));
+    let full = change.before.filter(|_| full_images || !has_key);
+    let old_image = |batch: &mut Batch, key: usize| match full {
+        Some(row) => whole(batch, key, row),
+        None => image(batch, key, [Some(NULL); 3]),
     };
     let mut group = 0;
     let (op, old, new) = match change.kind {
-        Kind::Insert { key, row } => {
-            let image = begin(batch, key);
-            [row.unique, row.value, row.toast].into_iter().for_each(|value| number(batch, value));
-            (Op::Insert, Image::ABSENT, batch.end_image(image))
-        }
+        Kind::Insert { key, row } => (Op::Insert, Image::ABSENT, whole(batch, key, row)),
         Kind::Update { old, key, row, toast_sent } => {
-            let before = if old == key { Image::ABSENT } else { named(batch, old) };
-            let image = begin(batch, key);
-            number(batch, row.unique);
-            number(batch, row.value);
-            if toast_sent {
-                number(batch, row.toast);
-            } else {
-                batch.push_cell(CellKind::Unchanged, b"");
-            }
-            (Op::Update, before, batch.end_image(image))
+            let before = if old == key && full.is_none() { Image::ABSENT } else { old_image(batch, old) };
+            let toast = toast_sent.then_some(row.toast);
+            (Op::Update, before, image(batch, key, [Some(row.unique), Some(row.value), toast]))
         }
-        Kind::Delete { key } => (Op::Delete, named(batch, key), Image::ABSENT),
+        Kind::Delete { key } => (Op::Delete, old_image(batch, key), Image::ABSENT),
         Kind::Truncate { group: of } => {
             group = of;
             (Op::Truncate, Image::ABSENT, Image::ABSENT)
         }
+        Kind::Alter => return,
     };
-    let table = batch.intern_table(&table(change.table).version);
-    batch.push(Change { op, table, old, old_is_full: false, new, group });
+    let table = batch.intern_table(version);
+    batch.push(Change { op, table, old, old_is_full: full.is_some() && old.is_present(), new, group });
 }

@@ -2,8 +2,9 @@
 
 use crate::applier::SimApplier;
 use crate::faults::{Moment, Point};
-use crate::history::{KEYS, Row};
+use crate::history::{KEYLESS_TABLE, KEYS, Row, in_order};
 use crate::mutants::Mutant;
+use crate::seen::Rare;
 use crate::server::{Effect, Entry, Stored, ended, lost_claim};
 use crate::source::{number, table};
 use crate::world::Reach;
@@ -68,7 +69,7 @@ impl SimTarget {
     fn may_claim(&self, held: Option<i64>) -> Result<()> {
         let mut world = self.0.world();
         if held.is_some_and(|held| world.server.stored.epoch > held) && !world.breaks(Mutant::FenceLeftOut) {
-            world.seen.fenced += 1;
+            world.seen.note(Rare::Fenced);
             return Err(lost_claim());
         }
         Ok(())
@@ -112,11 +113,18 @@ impl Target for SimTarget {
             let stored = world.server.stored;
             (stored, Claim { key: key.clone(), epoch: stored.epoch })
         };
+        // What the catalog says now, which has nothing to do with what was copied.
+        let today = self.0.world().breaks(Mutant::CopiedDefinitionForgotten);
+        let definition = |number, entry: &Entry| if today { self.0.world().history.visible_definition(number) } else { entry.definition };
         self.0.strike(Point::Claim, Moment::After).await?;
-        let tables = stored.states.iter().enumerate().filter_map(|(number, entry)| entry.map(|entry| known(number, &entry)));
+        let tables = stored
+            .states
+            .iter()
+            .enumerate()
+            .filter_map(|(number, entry)| entry.map(|entry| known(number, definition(number, &entry), &entry)));
         let checkpoint = stored.position.map(|position| Checkpoint {
             position: Lsn(position),
-            timeline: 1,
+            timeline: stored.timeline,
             owner: owner.clone(),
             rows_streamed: 0,
             tables: tables.map(|table| (table.source.clone(), table)).collect(),
@@ -157,10 +165,14 @@ impl Target for SimTarget {
                 return Err(Error::retry(reason::WRITE_REFUSED, "an earlier try has come through"));
             }
             for (key, row) in rows {
-                if stored.rows(table)[key].replace(row).is_some() {
+                let held = stored.rows(table);
+                let free = if table == KEYLESS_TABLE { held.iter().position(Option::is_none) } else { held[key].is_none().then_some(key) };
+                let Some(free) = free else {
                     return Err(Error::bug(format!("row {key} of table {table} was copied twice")));
-                }
+                };
+                held[free] = Some(row);
             }
+            *stored.rows(table) = in_order(table, *stored.rows(table));
             Ok(())
         };
         let done = move |stored: &mut Stored| {
@@ -186,8 +198,8 @@ impl Target for SimTarget {
     }
 }
 
-fn known(number: usize, entry: &Entry) -> TableCheckpoint<Lsn> {
-    let table = table(number);
+fn known(number: usize, definition: usize, entry: &Entry) -> TableCheckpoint<Lsn> {
+    let table = table(number, definition);
     TableCheckpoint {
         source: table.source().clone(),
         target: table.target.clone(),

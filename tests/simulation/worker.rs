@@ -3,10 +3,11 @@
 use crate::faults::Faults;
 use crate::history::TABLES;
 use crate::mutants::Mutant;
+use crate::seen::{Rare, Seen};
 use crate::source::{SimSource, table};
 use crate::target::SimTarget;
-use crate::world::{Reach, Seen, World};
-use sluice::engine::error::Class;
+use crate::world::{Reach, World};
+use sluice::engine::error::{Class, Error, reason};
 use sluice::engine::flow::{self, SnapshotConfig, Stop, StreamConfig};
 use sluice::engine::progress::Progress;
 use sluice::engine::roles::{BatchLimits, Owner, Selection, TableSelection};
@@ -35,45 +36,55 @@ pub fn simulate(seed: u64, mutant: Option<Mutant>) -> Lived {
 async fn live(world: &Arc<Mutex<World>>) {
     let lock = || world.lock().expect("no panic while the world is held");
     let rounds = 2 + lock().dice.below(7);
-    for round in 0..=rounds {
-        let last = round == rounds;
-        let (tables, over, second) = {
-            let mut world = lock();
-            let tables: Vec<usize> = (0..TABLES).filter(|table| last || *table == 0 || world.dice.chance(700)).collect();
-            let steps = 20 + world.dice.below(300);
-            let over = world.begin_round(steps, last);
-            // Before there is a checkpoint, two workers would have to share the making of the slot.
-            let second = !last && world.server.stored.position.is_some() && world.dice.chance(300);
-            (tables, over, second)
+    for _ in 0..rounds {
+        round(world, false).await;
+    }
+    while lock().violation.is_none() && !lock().is_level() {
+        round(world, true).await;
+    }
+}
+
+/// One mapping, and a worker for it, or two.
+async fn round(world: &Arc<Mutex<World>>, last: bool) {
+    let lock = || world.lock().expect("no panic while the world is held");
+    if lock().violation.is_some() {
+        return;
+    }
+    let (tables, over, second) = {
+        let mut world = lock();
+        world.begin_anew();
+        let over = world.begin_round(last);
+        let mapped: Vec<usize> = (0..TABLES).filter(|table| world.mapped[*table]).collect();
+        // Before there is a checkpoint, two workers would have to share the making of the slot.
+        let second = !last && world.server.stored.position.is_some() && world.dice.chance(300);
+        (mapped, over, second)
+    };
+    let stop = Stop::default();
+    let mut workers = JoinSet::new();
+    for _ in 0..=u32::from(second) {
+        workers.spawn(worker(Arc::clone(world), config(&tables), stop.clone()));
+    }
+    loop {
+        let ended = tokio::select! {
+            biased;
+            () = over.cancelled() => break,
+            ended = workers.join_next() => ended,
         };
-        let stop = Stop::default();
-        let mut workers = JoinSet::new();
-        for _ in 0..=u32::from(second) {
-            workers.spawn(worker(Arc::clone(world), config(&tables), stop.clone()));
+        match ended {
+            Some(Err(error)) => lock().violated(|| format!("a worker has panicked: {error}")),
+            Some(Ok(())) => {}
+            None => break,
         }
-        loop {
-            let ended = tokio::select! {
-                biased;
-                () = over.cancelled() => break,
-                ended = workers.join_next() => ended,
-            };
-            match ended {
-                Some(Err(error)) => lock().violated(|| format!("a worker has panicked: {error}")),
-                Some(Ok(())) => {}
-                None => break,
-            }
-        }
-        let how = if last || lock().violation.is_some() { 0 } else { lock().dice.below(3) };
-        match how {
-            0 => workers.abort_all(),
-            1 => stop.finish.cancel(),
-            _ => stop.now.cancel(),
-        }
-        while workers.join_next().await.is_some() {}
-        if lock().violation.is_some() {
-            return;
-        }
-        lock().seen.stopped += 1;
+    }
+    let how = if last || lock().violation.is_some() { 0 } else { lock().dice.below(3) };
+    match how {
+        0 => workers.abort_all(),
+        1 => stop.finish.cancel(),
+        _ => stop.now.cancel(),
+    }
+    while workers.join_next().await.is_some() {}
+    if lock().violation.is_none() {
+        lock().seen.note(Rare::Stopped);
     }
 }
 
@@ -83,7 +94,7 @@ async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop) {
     loop {
         let crash = CancellationToken::new();
         let reach = Reach::new(&world, &crash);
-        let (source, target) = (Arc::new(SimSource(reach.clone())), Arc::new(SimTarget(reach.clone())));
+        let (source, target) = (Arc::new(SimSource::new(reach.clone())), Arc::new(SimTarget(reach.clone())));
         let progress = Progress::new();
         let ended = tokio::select! {
             biased;
@@ -96,6 +107,9 @@ async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop) {
             Some(Ok(())) => return,
             Some(Err(error)) if error.class == Class::Retry => {}
             Some(Err(error)) if error.class == Class::Fenced => return,
+            // People look, and in time another session does.
+            Some(Err(error)) if error.reason == reason::SCHEMA_CHANGED && reach.world().history.was_altered() => {}
+            Some(Err(error)) if needs_new_stream(&error) && reach.world().history.timeline() > 1 => return reach.world().give_up(),
             // What another worker has done since its claim may puzzle this one. It claims again, and learns of it.
             Some(Err(error)) if error.class == Class::Stop && held != Some(reach.world().server.stored.epoch) => {}
             Some(Err(error)) => return reach.world().violated(|| format!("a session ends with {:?}: {error}", error.class)),
@@ -109,10 +123,15 @@ async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop) {
     }
 }
 
+/// Slot or target are not where the source's history goes on.
+fn needs_new_stream(error: &Error) -> bool {
+    [reason::TIMELINE_DIVERGED, reason::CHECKPOINT_WITHOUT_SLOT].contains(&error.reason)
+}
+
 fn config(tables: &[usize]) -> StreamConfig {
     let selection = tables.iter().map(|number| TableSelection {
-        source: table(*number).source().clone(),
-        target: table(*number).target.clone(),
+        source: table(*number, 0).source().clone(),
+        target: table(*number, 0).target.clone(),
         exclude_columns: Vec::new(),
     });
     StreamConfig {

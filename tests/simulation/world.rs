@@ -2,9 +2,11 @@
 
 use crate::dice::Dice;
 use crate::faults::{Fault, Faults, Moment, Point};
-use crate::history::{History, Oracle, TABLES};
+use crate::history::{History, TABLES};
 use crate::mutants::Mutant;
-use crate::server::Server;
+use crate::oracle::{Held, Oracle};
+use crate::seen::{Rare, Seen};
+use crate::server::{Entry, Server, Stored};
 use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::table::TableState;
 use std::pin::Pin;
@@ -21,89 +23,32 @@ pub struct World {
     pub server: Server,
     /// What was asked of the publication, where that is done too late.
     pub late_publication: Option<[bool; TABLES]>,
+    /// What was last asked of the publication.
+    pub asked_to_publish: [bool; TABLES],
     pub faults: Faults,
     /// The rule that is broken on purpose.
     pub mutant: Option<Mutant>,
     pub seen: Seen,
     /// What must never be.
     pub violation: Option<String>,
-    /// The history ends when the target is level with the source.
-    pub last_round: bool,
+    /// The round ends when the target is level with the source.
+    last_round: bool,
     pub round_over: CancellationToken,
+    /// Tables of the round.
+    pub mapped: [bool; TABLES],
+    /// The target holds what the source never had, or the slot is gone: people must begin anew.
+    pub given_up: bool,
     oracles: [Oracle; TABLES],
     steps_left: u64,
     round_left: u32,
-    /// Where the target stood when the last commit left all tables ready.
-    all_ready_at: Option<u64>,
+    /// Where the target stood when the last commit left nothing to be done about any table but by people.
+    settled_at: Option<u64>,
+    /// Tables that had left the publication and are not mapped.
+    out: [bool; TABLES],
     restless: bool,
     /// How often, of a thousand times, the target's server does nothing.
     slow: u32,
     to_the_end: bool,
-}
-
-/// What has happened, so that a test that proves nothing is noticed.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
-    pub comparisons: u64,
-    pub commits: u64,
-    pub steps: u64,
-    /// Tables that became ready with a transaction after their copy.
-    pub joined_by_part: u64,
-    /// Tables that became ready at a position that an idle source has told.
-    pub joined_idle: u64,
-    pub open_parts: u64,
-    /// Parts that were accepted while another one was in flight.
-    pub behind_others: u64,
-    pub not_due: u64,
-    pub target_crashes: u64,
-    pub commits_lost: u64,
-    pub orphans_committed: u64,
-    pub fenced: u64,
-    pub waited_for_writers: u64,
-    pub stalled_at_snapshot: u64,
-    pub stopped: u64,
-    /// Order-dependent summary of all commits: the same for the same seed.
-    pub digest: u64,
-}
-
-impl Seen {
-    pub fn add(&mut self, other: &Self) {
-        self.comparisons += other.comparisons;
-        self.commits += other.commits;
-        self.steps += other.steps;
-        self.joined_by_part += other.joined_by_part;
-        self.joined_idle += other.joined_idle;
-        self.open_parts += other.open_parts;
-        self.behind_others += other.behind_others;
-        self.not_due += other.not_due;
-        self.target_crashes += other.target_crashes;
-        self.commits_lost += other.commits_lost;
-        self.orphans_committed += other.orphans_committed;
-        self.fenced += other.fenced;
-        self.waited_for_writers += other.waited_for_writers;
-        self.stalled_at_snapshot += other.stalled_at_snapshot;
-        self.stopped += other.stopped;
-    }
-}
-
-impl Seen {
-    /// What must not be missing among many histories.
-    pub fn rare(&self) -> [(&'static str, u64); 12] {
-        [
-            ("a join with a transaction", self.joined_by_part),
-            ("a join on an idle source", self.joined_idle),
-            ("an open part", self.open_parts),
-            ("a part behind another", self.behind_others),
-            ("a change that is not due", self.not_due),
-            ("a crash of the target", self.target_crashes),
-            ("a commit lost by it", self.commits_lost),
-            ("a commit of a worker that is gone", self.orphans_committed),
-            ("a worker that was fenced", self.fenced),
-            ("a writer that a snapshot waits for", self.waited_for_writers),
-            ("a commit that a snapshot sees first", self.stalled_at_snapshot),
-            ("a session that was stopped", self.stopped),
-        ]
-    }
 }
 
 impl World {
@@ -118,16 +63,20 @@ impl World {
             history,
             server: Server::default(),
             late_publication: None,
+            asked_to_publish: [false; TABLES],
             faults,
             mutant,
             seen: Seen::default(),
             violation: None,
             last_round: false,
             round_over: CancellationToken::new(),
+            mapped: [false; TABLES],
+            given_up: false,
             oracles: Default::default(),
             steps_left: STEPS,
             round_left: 0,
-            all_ready_at: None,
+            settled_at: None,
+            out: [false; TABLES],
             restless,
             slow,
             to_the_end,
@@ -139,14 +88,26 @@ impl World {
         self.mutant == Some(mutant)
     }
 
-    /// A round of so many steps begins.
-    pub fn begin_round(&mut self, steps: u32, last: bool) -> CancellationToken {
-        self.round_left = steps;
+    /// A round begins. A table that has left the publication is taken out of the mirror; by and by, or when it has been forgotten,
+    /// it is added again.
+    pub fn begin_round(&mut self, last: bool) -> CancellationToken {
+        for table in 0..TABLES {
+            let state = self.server.stored.states[table].map(|entry| entry.state);
+            let chosen = last || table == 0 || self.dice.chance(700);
+            self.out[table] |= state == Some(TableState::Error);
+            self.mapped[table] = chosen && state != Some(TableState::Error);
+            if self.out[table] && self.mapped[table] {
+                self.out[table] = false;
+                self.seen.note(Rare::CameBack);
+            }
+        }
+        self.round_left = 20 + self.dice.below(300);
         self.last_round = last;
         self.round_over = CancellationToken::new();
         if last {
             self.faults.end();
         }
+        self.compare();
         self.round_over.clone()
     }
 
@@ -174,7 +135,7 @@ impl World {
         if self.last_round {
             // Up to the last transaction; to the end of the log it takes an idle stream ten seconds.
             let end = if self.to_the_end { self.history.end } else { self.history.last_end() };
-            if self.history.is_over() && self.all_ready_at.is_some_and(|position| position >= end) {
+            if self.history.is_over() && self.settled_at.is_some_and(|position| position >= end) {
                 self.round_over.cancel();
             }
         } else {
@@ -188,8 +149,16 @@ impl World {
             _ => {}
         }
         if self.faults.disaster(&mut self.dice) {
-            self.seen.target_crashes += 1;
-            self.seen.commits_lost += self.server.crash();
+            self.seen.note(Rare::TargetCrash);
+            let lost = self.server.crash();
+            self.seen.note_all(Rare::CommitLost, lost);
+        }
+        if self.dice.chance(4) && self.history.take_out(&mut self.dice) {
+            self.seen.note(Rare::TakenOut);
+        }
+        if self.dice.chance(3) && self.history.fail_over(&mut self.dice) {
+            self.seen.note(Rare::Failover);
+            self.settled_at = None;
         }
     }
 
@@ -211,7 +180,7 @@ impl World {
         match self.server.work(&mut self.dice, fenced, any_order) {
             Ok(None) => {}
             Ok(Some(committed)) => {
-                self.seen.orphans_committed += u64::from(committed.orphan);
+                self.seen.note_all(Rare::OrphanCommitted, committed.orphan.into());
                 self.committed();
             }
             Err(violation) => self.violated(|| violation),
@@ -225,31 +194,62 @@ impl World {
         let stored = &self.server.stored;
         self.seen.digest =
             (self.seen.digest ^ stored.position.unwrap_or(1) ^ (stored.epoch as u64) << 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        self.all_ready_at = None;
+        self.compare();
+    }
+
+    fn compare(&mut self) {
+        self.settled_at = None;
+        let stored = &self.server.stored;
         let Some(position) = stored.position else { return };
-        let mut all_ready = true;
+        let mut settled = stored.timeline == self.history.timeline();
         for table in 0..TABLES {
-            let right_up_to = match stored.states[table].map(|entry| (entry.state, entry.position)) {
-                Some((TableState::Ready, _)) => position,
-                Some((TableState::CatchingUp | TableState::Copied, Some(own))) => own.max(position),
-                _ => {
-                    all_ready = false;
-                    continue;
-                }
+            let Some(entry) = stored.states[table] else {
+                settled &= !self.mapped[table];
+                continue;
             };
-            all_ready &= stored.states[table].is_some_and(|entry| entry.state == TableState::Ready);
+            settled &= self.mapped[table] && matches!(entry.state, TableState::Ready | TableState::Error);
+            let right_up_to = match (entry.state, entry.position) {
+                (TableState::Ready, _) => position,
+                (TableState::CatchingUp | TableState::Copied, Some(own)) => own.max(position),
+                _ => continue,
+            };
             self.seen.comparisons += 1;
-            let wanted = self.oracles[table].at(&self.history, table, right_up_to);
-            let held = &stored.tables[table];
-            if held != wanted {
-                let entry = stored.states[table];
+            let Entry { copied_at, definition, .. } = entry;
+            let held = Held { table, timeline: stored.timeline, copied_at, definition };
+            let wanted = self.oracles[table].at(&self.history, held, right_up_to);
+            settled &= !self.oracles[table].has_gap();
+            if wanted.as_ref() != Ok(&stored.tables[table]) {
+                let is = stored.tables[table];
                 let text = format!(
-                    "table {table} ({entry:?}) at {right_up_to}, checkpoint {position}:\n  is        {held:?}\n  should be {wanted:?}"
+                    "table {table} ({entry:?}) at {right_up_to}, checkpoint {position}:\n  is        {is:?}\n  should be {wanted:?}"
                 );
                 return self.violated(|| text);
             }
         }
-        self.all_ready_at = all_ready.then_some(position);
+        self.settled_at = settled.then_some(position);
+    }
+
+    /// Nothing is left that people should do.
+    pub fn is_level(&self) -> bool {
+        let ready = |entry: &Option<Entry>| entry.is_some_and(|entry| entry.state == TableState::Ready);
+        self.settled_at.is_some() && self.server.stored.states.iter().all(ready)
+    }
+
+    /// Only people can say what is right now. Other workers end too.
+    pub fn give_up(&mut self) {
+        self.given_up = true;
+        self.round_over.cancel();
+    }
+
+    /// People drop slot and checkpoint, so that the stream begins anew.
+    pub fn begin_anew(&mut self) {
+        if std::mem::take(&mut self.given_up) {
+            self.seen.note(Rare::Diverged);
+            self.server.end_all();
+            self.server.stored = Stored { tables: self.server.stored.tables, epoch: self.server.stored.epoch, ..Stored::default() };
+            self.server.logged(true);
+            self.history.slot = None;
+        }
     }
 }
 

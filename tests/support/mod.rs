@@ -3,6 +3,7 @@
 
 pub mod apiserver;
 pub mod operator;
+mod template;
 
 use std::io::Write as _;
 use std::net::TcpListener;
@@ -55,19 +56,9 @@ impl Postgres {
         let bin = cache().join(format!("pg/{major}/bin"));
         assert!(bin.join("postgres").exists(), "{} is missing: run `make deps`", bin.display());
         let as_nobody = is_root();
-        let folder = tempfile::Builder::new().prefix("sluice-pg").tempdir().expect("a temporary folder");
-        if as_nobody {
-            run(Command::new("chown").arg("nobody").arg(folder.path()));
-        }
-        std::fs::write(folder.path().join("pw"), "pw\n").expect("password file");
+        let folder = folder("sluice-pg", as_nobody);
         let data = folder.path().join("data");
-        run(as_user(as_nobody, &bin.join("initdb"))
-            .current_dir(folder.path())
-            .args(["-D"])
-            .arg(&data)
-            .args(["-U", "postgres", "-A", "scram-sha-256", "--pwfile"])
-            .arg(folder.path().join("pw"))
-            .args(["-E", "UTF8", "--no-locale", "--no-sync"]));
+        template::data_folder(as_nobody, &bin, &data);
         let port = free_port();
         let mut conf = std::fs::OpenOptions::new().append(true).open(data.join("postgresql.conf")).expect("postgresql.conf");
         writeln!(conf, "listen_addresses='127.0.0.1'\nport={port}\nunix_socket_directories=''\nwal_level=logical\nmax_wal_senders=20\nmax_replication_slots=20\nfsync=off\nlog_min_messages=warning").expect("settings");
@@ -207,6 +198,15 @@ impl Drop for Postgres {
         self.signal("-QUIT");
         let _ = self.process.wait();
     }
+}
+
+/// A folder that goes away, for the user that servers run as.
+fn folder(prefix: &str, as_nobody: bool) -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix(prefix).tempdir().expect("a temporary folder");
+    if as_nobody {
+        run(Command::new("chown").arg("nobody").arg(folder.path()));
+    }
+    folder
 }
 
 fn as_user(nobody: bool, program: &Path) -> Command {

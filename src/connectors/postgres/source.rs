@@ -4,7 +4,7 @@ use super::catalog;
 use super::catalog::rules::Server;
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
-use super::log::{LogConfig, PostgresLog};
+use super::log::{LogConfig, PostgresLog, StreamingPause};
 use super::lsn::Lsn;
 use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
@@ -13,6 +13,7 @@ use super::slot::NewSlot;
 use super::snapshot::PostgresSnapshot;
 use super::{errors, fed, publication, slot};
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::retention::Retention;
 use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
 use crate::engine::structure::SequenceValue;
@@ -39,11 +40,12 @@ pub struct PostgresSource {
     publication: String,
     creation_limit: Duration,
     room: Room,
+    pause: StreamingPause,
     /// A session for statements, kept between them.
     session: Mutex<Option<Session>>,
     waiting: Mutex<Option<String>>,
-    /// System identifier as [`Source::identity`] last saw it: every replication session must be on that server.
-    system_identifier: Mutex<Option<String>>,
+    /// As [`Source::identity`] last saw it: every replication session must be on that server and timeline.
+    identity: Mutex<Option<SourceIdentity>>,
 }
 
 impl PostgresSource {
@@ -56,9 +58,10 @@ impl PostgresSource {
             publication: publication.into(),
             creation_limit: CREATION_LIMIT,
             room: Room::in_memory(MEMORY),
+            pause: StreamingPause::default(),
             session: Mutex::default(),
             waiting: Mutex::default(),
-            system_identifier: Mutex::default(),
+            identity: Mutex::default(),
         }
     }
 
@@ -73,6 +76,13 @@ impl PostgresSource {
     #[must_use]
     pub fn with_room(mut self, room: Room) -> Self {
         self.room = room;
+        self
+    }
+
+    /// The same with what earlier sources of this stream know of pauses of streaming; nothing otherwise.
+    #[must_use]
+    pub fn with_streaming_pause(mut self, pause: StreamingPause) -> Self {
+        self.pause = pause;
         self
     }
 
@@ -93,7 +103,7 @@ impl PostgresSource {
     /// A replication session on the server that was seen last.
     async fn replication(&self) -> Result<ReplicationClient> {
         let mut client = connect_replication(&self.endpoint, APPLICATION_NAME).await?;
-        let expected = guard(&self.system_identifier).clone();
+        let expected = guard(&self.identity).clone();
         if let Some(expected) = expected {
             client.expect_system(&expected).await?;
         }
@@ -156,7 +166,7 @@ impl Source for PostgresSource {
             return Err(Error::retry(reason::SERVER_UNSUPPORTED, "the source is a standby; name the primary server"));
         }
         let identity = SourceIdentity { system_identifier: row.get(2), database: row.get(3), timeline: row.get(4) };
-        *guard(&self.system_identifier) = Some(identity.system_identifier.clone());
+        *guard(&self.identity) = Some(identity.clone());
         Ok(identity)
     }
 
@@ -175,10 +185,10 @@ impl Source for PostgresSource {
         Ok(fed)
     }
 
-    async fn publish(&self, tables: &[MappedTable]) -> Result<()> {
+    async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {
         let session = self.session().await?;
         let server = server(&session).await?;
-        publication::publish(&session, &server, &self.publication, &self.slot, tables).await?;
+        publication::publish(&session, &server, &self.publication, &self.slot, tables, present).await?;
         self.keep(session);
         Ok(())
     }
@@ -229,6 +239,7 @@ impl Source for PostgresSource {
             binary: binary_allowed(tables),
             limits,
             room: self.room.clone(),
+            pause: self.pause.clone(),
         };
         PostgresLog::start(client, config, *from).await
     }
@@ -268,6 +279,13 @@ impl Source for PostgresSource {
         let values = catalog::structure::sequence_values(&session, table).await?;
         self.keep(session);
         Ok(values)
+    }
+
+    async fn retention(&self) -> Result<Option<Retention>> {
+        let session = self.session().await?;
+        let retention = slot::retention(&session, &self.slot).await?;
+        self.keep(session);
+        Ok(Some(retention))
     }
 
     fn waiting(&self) -> Option<String> {

@@ -224,15 +224,15 @@ fn ready(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Fi
     let status = facts.observed.worker.status();
     let notice = status.and_then(|status| status.notice.as_ref());
     let aside = status.and_then(|status| status.waiting.as_ref()).map(|aside| format!("; {aside}")).unwrap_or_default();
-    match situation {
-        Situation::Suspended => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
-        Situation::Streaming => match notice {
-            None => Finding::yes(kind::READY, reason::STREAMING, format!("every table follows the stream{aside}")),
-            Some(notice) => Finding::yes(kind::READY, documented(&notice.reason), notice.message.clone()),
-        },
+    match (situation, notice) {
+        (Situation::Suspended | Situation::Streaming, Some(notice)) => {
+            Finding::yes(kind::READY, documented(&notice.reason), notice.message.clone())
+        }
+        (Situation::Suspended, None) => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
+        (Situation::Streaming, None) => Finding::yes(kind::READY, reason::STREAMING, format!("every table follows the stream{aside}")),
         // It streams on, as far as anybody knows.
-        Situation::Outdated(why) => Finding { message: (*why).to_owned(), ..kept(kind::READY, reason::WORKER_OUTDATED, old) },
-        other => Finding::no(kind::READY, other.reason(), other.message()),
+        (Situation::Outdated(why), _) => Finding { message: (*why).to_owned(), ..kept(kind::READY, reason::WORKER_OUTDATED, old) },
+        (other, _) => Finding::no(kind::READY, other.reason(), other.message()),
     }
 }
 

@@ -33,12 +33,19 @@ pub fn mark(slot: &str) -> String {
 ///
 /// # Errors
 /// Why a table can't be published; [`reason::INVALID_SPEC`] for somebody else's publication that does not fit; class `Retry`
-/// when a table changed between the reading of the catalog and now, or when the locks could not be had.
-pub async fn publish(session: &Session, server: &Server, name: &str, slot: &str, tables: &[MappedTable]) -> Result<()> {
+/// when a table changed between the reading of the catalog and now, when one of `present` has left, or when the locks could not be had.
+pub async fn publish(
+    session: &Session,
+    server: &Server,
+    name: &str,
+    slot: &str,
+    tables: &[MappedTable],
+    present: &[QualifiedName],
+) -> Result<()> {
     let mut tries = 0;
     loop {
         tries += 1;
-        let result = try_publish(session, server, name, slot, tables).await;
+        let result = try_publish(session, server, name, slot, tables, present).await;
         match result {
             Err(Attempt::LocksTaken(_)) if tries < TRIES => tokio::time::sleep(PAUSE).await,
             Err(Attempt::LocksTaken(error) | Attempt::Failed(error)) => return Err(error.context(format!("publication {name}"))),
@@ -81,10 +88,18 @@ impl From<Error> for Attempt {
     }
 }
 
-async fn try_publish(session: &Session, server: &Server, name: &str, slot: &str, tables: &[MappedTable]) -> Result<(), Attempt> {
+async fn try_publish(
+    session: &Session,
+    server: &Server,
+    name: &str,
+    slot: &str,
+    tables: &[MappedTable],
+    present: &[QualifiedName],
+) -> Result<(), Attempt> {
     let found = read(session, server, name).await?;
     let partitioned = facts::partitioned(session).await?;
     let plan = plan::plan(found.as_ref(), tables, &partitioned, &mark(slot))?;
+    plan::check_present(found.as_ref(), &plan, present)?;
     if plan.is_nothing() {
         return Ok(());
     }

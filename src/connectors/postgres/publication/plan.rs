@@ -63,6 +63,13 @@ pub fn plan<'a>(found: Option<&Published>, tables: &'a [MappedTable], partitione
     use_foreign(found, &plan, needs_root).map(|()| Plan::default())
 }
 
+/// A table that was seen in the publication and has left must not come in as if nothing had been: its changes meanwhile are gone.
+pub fn check_present(found: Option<&Published>, plan: &Plan<'_>, present: &[QualifiedName]) -> Result<()> {
+    let is_there = |name: &QualifiedName| found.is_some_and(|found| found.tables.iter().any(|published| published.name == *name));
+    let left = plan.incoming.iter().map(|table| table.source()).find(|name| present.contains(name) && !is_there(name));
+    left.map_or(Ok(()), |name| Err(Error::retry(reason::LEFT_PUBLICATION, format!("{name} was taken out of the publication just now"))))
+}
+
 /// Somebody else's publication is used as it is, or not at all.
 fn use_foreign(found: &Published, plan: &Plan<'_>, needs_root: bool) -> Result<()> {
     let names = |names: &mut dyn Iterator<Item = &QualifiedName>| names.map(ToString::to_string).collect::<Vec<_>>().join(", ");

@@ -13,6 +13,7 @@ use super::lsn::Lsn;
 use super::sql::quote_ident;
 use super::{errors, session};
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::SourceIdentity;
 pub(super) use bulk::BulkSession;
 use bytes::BytesMut;
 use postgres_protocol::message::frontend;
@@ -38,6 +39,14 @@ pub struct SystemIdentity {
     pub timeline: i64,
     /// Where the log is flushed to.
     pub flushed: Lsn,
+}
+
+impl SystemIdentity {
+    /// Whether both are the same cluster on the same timeline.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        (&self.system_identifier, self.timeline) == (&other.system_identifier, other.timeline)
+    }
 }
 
 /// A slot that was just made.
@@ -112,14 +121,20 @@ impl ReplicationClient {
         })
     }
 
-    /// Fails unless this is the server that is expected: positions of one server mean nothing on another.
-    pub async fn expect_system(&mut self, system_identifier: &str) -> Result<()> {
-        let found = self.identify_system().await?.system_identifier;
-        if found == system_identifier {
-            return Ok(());
+    /// Fails unless this is the server that is expected: positions of one server mean nothing on another. When a standby has taken
+    /// over since, class `Retry`: whether the checkpoint lies in its history must be looked at first.
+    pub async fn expect_system(&mut self, expected: &SourceIdentity) -> Result<()> {
+        let found = self.identify_system().await?;
+        if found.system_identifier != expected.system_identifier {
+            let (is, was) = (found.system_identifier, &expected.system_identifier);
+            let message = format!("the source's system identifier is {is} and was {was}: it is another server");
+            return Err(Error::stop(reason::SYSTEM_IDENTIFIER_CHANGED, message));
         }
-        let message = format!("the source's system identifier is {found} and was {system_identifier}: it is another server");
-        Err(Error::stop(reason::SYSTEM_IDENTIFIER_CHANGED, message))
+        if found.timeline != expected.timeline {
+            let message = format!("the source went from timeline {} to {}: a standby has taken over", expected.timeline, found.timeline);
+            return Err(Error::retry(reason::SOURCE_UNREACHABLE, message));
+        }
+        Ok(())
     }
 
     /// Makes a logical slot for pgoutput and exports its snapshot. Waits, without a bound of its own, until all older

@@ -79,6 +79,8 @@ fn a_notice_is_the_reason_of_ready() {
     let told = news(&reported(&mirror(false), None, &answers("Streaming", json!({}))).conditions, &status).len();
     assert_eq!(told, 1);
     assert_eq!(short(false, None, &answers("Copying", notice)), "False Copying True False False Copying");
+    let danger = json!({"notice": {"reason": "SlotAtRisk", "message": "little is left"}});
+    assert_eq!(short(true, None, &answers("Suspended", danger)), "True SlotAtRisk False False False Suspended");
 }
 
 #[test]
