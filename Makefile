@@ -68,6 +68,6 @@ fuzz: ## The targets of fuzz/ under cargo-fuzz (needs nightly Rust), SECONDS_EAC
 	    -- -max_total_time="$(or $(SECONDS_EACH),60)" -max_len=65536 -rss_limit_mb=1024; \
 	done
 
-chaos: ## Ledger test and a transaction of 5 million rows: MINUTES=10 of rounds; SLUICE_SEED=... repeats one
+chaos: ## Ledger test and transactions of 5 million rows: MINUTES=10 of rounds; SLUICE_SEED=... repeats one; SLUICE_BIN=... another worker
 	SLUICE_CHAOS_MINUTES="$(or $(MINUTES),10)" cargo test --locked --test ledger -- --nocapture
-	SLUICE_MEMORY_ROWS=5000000 cargo test --locked --test memory one_large -- --nocapture
+	SLUICE_MEMORY_ROWS=5000000 cargo test --locked --test memory -- --nocapture --test-threads=1

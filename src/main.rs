@@ -74,7 +74,7 @@ fn mirror(options: &worker::Options) -> Result<ExitCode, Box<dyn Error>> {
         let terminate = on_signals()?;
         let listener = TcpListener::bind(options.listen).await.map_err(|error| format!("{}: {error}", options.listen))?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), listen = %listener.local_addr()?, "worker starts");
-        Ok(worker::run::run(options.settings(), listener, Connectors { room: options.room() }, terminate).await)
+        Ok(worker::run::run(options.settings(), listener, Connectors::new(options.room()), terminate).await)
     })?;
     Ok(ExitCode::from(exit.code()))
 }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use sluice::connectors::postgres::Endpoint;
 use sluice::connectors::postgres::connect::Side;
 use sluice::engine::error::{Error, Result, reason};
+use sluice::operator::cache::Caches;
 use sluice::operator::client::client as bounded_client;
 use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers, Postgres as Connector};
 use sluice::operator::health::Health;
@@ -77,7 +78,9 @@ impl Stage {
         let keys = SigningKeys::new(SigningKey::generate().expect("a key"), None);
         let ctx = Context::new(client.clone(), options(&namespace, &namespace), metrics, Health::default(), keys).expect("a context");
         let (shutdown, mut tasks) = (Shutdown::new(), JoinSet::new());
-        connection::spawn(&mut tasks, &ctx, &shutdown, databases);
+        let mut caches = Caches::new(&ctx);
+        connection::spawn(&mut tasks, &ctx, &shutdown, &mut caches, databases);
+        caches.spawn(&mut tasks, &shutdown);
         Self { server, client, namespace, shutdown, tasks }
     }
 
@@ -395,7 +398,7 @@ async fn a_source_in_use_waits_for_its_mirrors() {
     eventually(10, "the Source goes", || stage.is_gone::<Source>("shop")).await;
 
     // The Target is free too, though nobody deletes it; with the last of both goes the Secret.
-    stage.patch::<Target>("dw", json!({"metadata": {"annotations": {"wake": "1"}}})).await;
+    stage.patch::<Target>("dw", json!({"metadata": {"annotations": {"sluice.dev/look-again": "1"}}})).await;
     eventually(10, "the Target is free", || async { stage.api::<Target>().get("dw").await.expect("dw").finalizers().is_empty() }).await;
     eventually(10, "the Secret goes", || stage.is_gone::<Secret>("login")).await;
     stage.end().await;

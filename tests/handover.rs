@@ -1,3 +1,5 @@
+//! Hand-over from table to stream, and from worker to worker.
+//!
 //! A table joins a running Mirror at the moments at which real servers have lost rows: an idle source, a commit that waits
 //! for a standby, a writer older than the publication. Contents are compared row by row.
 
@@ -5,10 +7,13 @@ mod support;
 #[path = "support/worker.rs"]
 mod worker;
 
-use support::Postgres;
+use support::{Postgres, eventually};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use worker::{Worker, assert_equal, table, wait_sql};
+
+/// Exit code of a worker whose stream another one has claimed.
+const FENCED: i32 = 3;
 
 /// A Mirror that streams table `a`; table `b` has rows and is not part of it.
 async fn streaming() -> (Postgres, Postgres, Client, Client, Worker) {
@@ -127,4 +132,67 @@ async fn a_commit_that_waits_for_a_standby_is_in_the_copy() {
     left.batch_execute("SELECT pg_reload_conf()").await.expect("a reload");
     commit.await.expect("the commit ends");
     changed_later(&left, &right, &worker).await;
+}
+
+/// Source and target with tables `a` and `b`, each with rows.
+async fn two_tables() -> (Postgres, Postgres, Client, Client) {
+    let (source, target) = (Postgres::start(15), Postgres::start(15));
+    let (left, right) = (source.create_database("shop").await, target.create_database("dw").await);
+    for name in ["a", "b"] {
+        let seed = format!(
+            "CREATE TABLE {name} (id int PRIMARY KEY, note text); INSERT INTO {name} SELECT g, 'first' FROM generate_series(1, 100) g"
+        );
+        left.batch_execute(&seed).await.expect("the seed");
+    }
+    (source, target, left, right)
+}
+
+/// The older worker ends for good, and the newer one has the source for itself: it publishes `b` alone and follows it.
+async fn assert_only_the_new_one_is_left(left: &Client, right: &Client, mut old: Worker, new: &Worker) {
+    eventually(60, "the old worker ends", || std::future::ready(old.exit_code().is_some())).await;
+    assert_eq!(old.exit_code(), Some(FENCED), "{}", old.log());
+    let published = "SELECT string_agg(tablename, ',') FROM pg_publication_tables";
+    assert_eq!(left.query_one(published, &[]).await.expect("a list").get::<_, Option<String>>(0).as_deref(), Some("b"));
+    let slots = "SELECT string_agg(concat_ws(' ', slot_name, active), ',') FROM pg_replication_slots";
+    assert_eq!(left.query_one(slots, &[]).await.expect("a list").get::<_, Option<String>>(0).as_deref(), Some("sluice_test t"));
+    left.batch_execute("UPDATE b SET note = 'later' WHERE id % 7 = 0; DELETE FROM b WHERE id % 11 = 0").await.expect("changes");
+    new.wait_level(left).await;
+    assert_equal(left, right, &["b"]).await;
+    assert!(!new.log().contains("the session failed"), "the new worker was interrupted: {}", new.log());
+}
+
+/// The older worker's statement waits for a lock while the newer one claims; then the lock is let go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_stuck_in_publishing_changes_nothing_later() {
+    let (source, target, left, right) = two_tables().await;
+    let user = source.connect("shop").await;
+    user.batch_execute("BEGIN; LOCK TABLE a IN SHARE UPDATE EXCLUSIVE MODE").await.expect("a lock");
+    let old = Worker::start((&source, "shop"), (&target, "dw"), &["a", "b"]);
+    wait_sql(&left, 60, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND mode = 'ShareUpdateExclusiveLock')").await;
+    let new = Worker::start((&source, "shop"), (&target, "dw"), &["b"]);
+    new.wait_streaming().await;
+    user.batch_execute("COMMIT").await.expect("a commit");
+    assert_only_the_new_one_is_left(&left, &right, old, &new).await;
+}
+
+/// The older worker's slot is in the making, waiting for an old transaction, while the newer one claims.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_stuck_in_making_its_slot_leaves_none() {
+    let (source, target, left, right) = two_tables().await;
+    let writer = source.connect("shop").await;
+    let id = begin(&writer, "INSERT INTO b VALUES (1001, 'open')").await;
+    let old = Worker::start((&source, "shop"), (&target, "dw"), &["a", "b"]);
+    wait_slot_waits_for(&left, &id).await;
+    let maker = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = 'sluice_test'";
+    let first: i32 = left.query_one(maker, &[]).await.expect("a slot in the making").get(0);
+    let new = Worker::start((&source, "shop"), (&target, "dw"), &["b"]);
+    wait_sql(
+        &left,
+        60,
+        &format!("SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'sluice_test' AND active_pid <> {first})"),
+    )
+    .await;
+    writer.batch_execute("COMMIT").await.expect("a commit");
+    new.wait_streaming().await;
+    assert_only_the_new_one_is_left(&left, &right, old, &new).await;
 }

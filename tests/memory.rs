@@ -1,16 +1,18 @@
-//! Memory of the worker process, from /proc: idle, and under one large transaction (`SLUICE_MEMORY_ROWS`; 5 million in `make chaos`).
+//! Memory of the worker process, from /proc: idle, under one large transaction (`SLUICE_MEMORY_ROWS`; 5 million in `make chaos`), and
+//! when the target stands still. `SLUICE_BIN` names a release build of the worker instead of the one that the tests are built with.
 
 mod support;
 #[path = "support/worker.rs"]
 mod worker;
 
+use sluice::worker::contract::Desired;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::Postgres;
 use tokio_postgres::Client;
-use worker::Worker;
+use worker::{Worker, wait_sql};
 
 /// Most that an idle worker may hold, in MiB.
 const IDLE: u64 = 30;
@@ -20,7 +22,19 @@ const BUSY: u64 = 256;
 const WATCH: Duration = Duration::from_secs(12);
 /// Rows of the large transaction.
 const ROWS: u64 = 400_000;
+/// Rows that come while the target stands still.
+const WAITING_ROWS: u64 = 200_000;
 const MIB: u64 = 1 << 20;
+/// The least memory of a log, which `--memory-limit 0` gives.
+const LEAST: u64 = 16 * MIB;
+/// What a worker may hold besides its log when it applies, in MiB: what it knows of the rows of a batch, and fragments.
+const SLACK: u64 = 12;
+/// What a log may hold beyond its memory for a moment: one read.
+const READ: u64 = MIB / 4;
+
+fn rows_of_the_large_transaction() -> u64 {
+    std::env::var("SLUICE_MEMORY_ROWS").map_or(ROWS, |rows| rows.parse().expect("SLUICE_MEMORY_ROWS is a number"))
+}
 
 /// Lines of a process's status, in MiB.
 fn mebibytes(pid: u32, line: &str) -> u64 {
@@ -30,11 +44,11 @@ fn mebibytes(pid: u32, line: &str) -> u64 {
     kibibytes.div_ceil(1024)
 }
 
-/// What a worker of this build holds, in MiB. The code of a build for debugging is several times as large as what is shipped: its pages,
-/// which are those of a file and not the process's own, are counted only in a release build.
+/// What a worker holds, in MiB. The code of a build for debugging is several times as large as what is shipped: its pages, which are
+/// those of a file and not the process's own, are counted only in a release build.
 fn held(pid: u32) -> u64 {
-    let line = if cfg!(debug_assertions) { "RssAnon:" } else { "VmRSS:" };
-    mebibytes(pid, line)
+    let is_release = !cfg!(debug_assertions) || std::env::var_os("SLUICE_BIN").is_some_and(|path| !path.is_empty());
+    mebibytes(pid, if is_release { "VmRSS:" } else { "RssAnon:" })
 }
 
 /// Bytes of the files in a folder and below.
@@ -98,6 +112,30 @@ async fn an_idle_worker_is_small() {
     assert!(most < IDLE, "an idle worker holds {most} MiB");
 }
 
+/// A worker that follows `items` with these arguments and a changed document.
+async fn follow(source: &Postgres, target: &Postgres, arguments: &[&str], change: impl FnOnce(&mut Desired)) -> Worker {
+    let mut worker = Worker::start_with((source, "shop"), (target, "dw"), &["items"], change);
+    worker.wait_streaming().await;
+    worker.kill9();
+    worker.arguments = arguments.iter().map(ToString::to_string).collect();
+    worker.spawn();
+    worker.wait_streaming().await;
+    worker
+}
+
+/// The statement that inserts rows with these numbers.
+fn insert(from: u64, to: u64) -> String {
+    format!("INSERT INTO items SELECT g, g % 1000, repeat(md5(g::text), 5), now() FROM generate_series({from}, {to}) g")
+}
+
+/// Source and target hold so many rows, the same by a hash of each.
+async fn assert_same(left: &Client, right: &Client, rows: u64) {
+    let sum = "SELECT count(*), sum(hashtextextended(items::text, 0)::numeric)::text FROM items";
+    let (expected, found) = (left.query_one(sum, &[]).await.expect("a sum"), right.query_one(sum, &[]).await.expect("a sum"));
+    assert_eq!((found.get::<_, i64>(0), found.get::<_, String>(1)), (expected.get::<_, i64>(0), expected.get::<_, String>(1)));
+    assert_eq!(found.get::<_, i64>(0) as u64, rows);
+}
+
 /// What a transaction of many rows took.
 struct Taken {
     /// Bytes of spill.
@@ -109,17 +147,11 @@ struct Taken {
 /// One transaction through a worker with these arguments; source and target are compared by a hash of each row.
 async fn large_transaction(rows: u64, arguments: &[&str]) -> Taken {
     let (source, target, left, right) = pair().await;
-    let mut worker = Worker::start((&source, "shop"), (&target, "dw"), &["items"]);
-    worker.wait_streaming().await;
-    worker.kill9();
-    worker.arguments = arguments.iter().map(ToString::to_string).collect();
-    worker.spawn();
-    worker.wait_streaming().await;
+    let worker = follow(&source, &target, arguments, |_| {}).await;
     let watch = Watch::start(&worker);
     let begun = Instant::now();
-    let insert = format!("INSERT INTO items SELECT g, g % 1000, repeat(md5(g::text), 5), now() FROM generate_series(1, {rows}) g");
     let writer = tokio::spawn(async move {
-        left.batch_execute(&insert).await.expect("rows");
+        left.batch_execute(&insert(1, rows)).await.expect("rows");
         left
     });
     let mut told = false;
@@ -132,10 +164,7 @@ async fn large_transaction(rows: u64, arguments: &[&str]) -> Taken {
     }
     let left = writer.await.expect("the writer has not failed");
     worker.wait_level(&left).await;
-    let sum = "SELECT count(*), sum(hashtextextended(items::text, 0)::numeric)::text FROM items";
-    let (expected, found) = (left.query_one(sum, &[]).await.expect("a sum"), right.query_one(sum, &[]).await.expect("a sum"));
-    assert_eq!((found.get::<_, i64>(0), found.get::<_, String>(1)), (expected.get::<_, i64>(0), expected.get::<_, String>(1)));
-    assert_eq!(found.get::<_, i64>(0) as u64, rows);
+    assert_same(&left, &right, rows).await;
     let (most, spill) = watch.end();
     let memory = mebibytes(worker.pid(), "VmHWM:");
     println!("{rows} rows after {:.1?}: {most} MiB seen, {memory} MiB at the most, {} MiB of spill", begun.elapsed(), spill >> 20);
@@ -145,9 +174,8 @@ async fn large_transaction(rows: u64, arguments: &[&str]) -> Taken {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_large_transaction_takes_bounded_memory() {
-    let rows = std::env::var("SLUICE_MEMORY_ROWS").map_or(ROWS, |rows| rows.parse().expect("SLUICE_MEMORY_ROWS is a number"));
     // The shipped sizes.
-    let taken = large_transaction(rows, &[]).await;
+    let taken = large_transaction(rows_of_the_large_transaction(), &[]).await;
     assert!(!taken.told, "it fits into the spill");
     assert!(taken.spill > 0, "it does not fit into memory");
     assert!(taken.spill <= 2048 * MIB / 5 * 4, "{} bytes of spill", taken.spill);
@@ -157,8 +185,54 @@ async fn one_large_transaction_takes_bounded_memory() {
 async fn a_spill_of_64_mib_holds_no_more() {
     // Four fifths of the state folder are for the spill.
     let state = (80 * MIB).to_string();
-    let taken = large_transaction(ROWS, &["--memory-limit", "0", "--state-limit", &state]).await;
+    let taken = large_transaction(rows_of_the_large_transaction(), &["--memory-limit", "0", "--state-limit", &state]).await;
     assert!(taken.told, "the transaction is larger than the spill, and that is said");
     assert!(taken.spill <= 64 * MIB, "{} bytes of spill", taken.spill);
     assert!(taken.spill > 32 * MIB, "it was used: {} bytes", taken.spill);
+}
+
+/// Batches that were read count until they are applied, however many connections hold some: reading stops at the bound.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_stands_still_stops_the_reading() {
+    let (source, target, left, right) = pair().await;
+    // As much as possible would be in flight: large batches without a row in common, and connections enough.
+    let eager = |desired: &mut Desired| {
+        (desired.stream.max_batch_rows, desired.stream.max_batch_bytes, desired.stream.apply_connections) = (1_000_000, 64 << 20, 8);
+    };
+    let worker = follow(&source, &target, &["--memory-limit", "0"], eager).await;
+    // The first rows of a connection make the worker look at the publication, with nothing in flight: that comes first.
+    let begun: String = left.query_one("SELECT clock_timestamp()::text", &[]).await.expect("a time").get(0);
+    left.batch_execute(&insert(WAITING_ROWS + 1, WAITING_ROWS + 1)).await.expect("a row");
+    worker.wait_level(&left).await;
+    let looked = format!(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'sluice' AND query LIKE '%pg_publication%' AND query_start > '{begun}')"
+    );
+    wait_sql(&left, 20, &looked).await;
+    let before = held(worker.pid());
+    right.batch_execute("BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE").await.expect("a lock");
+    let watch = Watch::start(&worker);
+    for from in (1..=WAITING_ROWS).step_by(1000) {
+        left.batch_execute(&insert(from, from + 999)).await.expect("rows");
+    }
+    worker.wait_for(60, "the memory is used up", |status| status.log_memory_bytes.is_some_and(|bytes| bytes >= LEAST)).await;
+    let stopped = worker.status().await.expect("a status");
+    assert_eq!(stopped.log_memory_limit_bytes, Some(LEAST));
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(3) {
+        let status = worker.status().await.expect("a status");
+        let memory = status.log_memory_bytes.expect("a figure");
+        assert!((LEAST..=LEAST + 2 * READ).contains(&memory), "{memory} bytes");
+        assert_eq!(status.received, stopped.received, "nothing more is read");
+        assert!(status.lag_bytes.is_some_and(|bytes| bytes > LEAST), "what waits at the source is shown: {status:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let many = "SELECT count(*) > 2 FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    let in_flight: bool = target.connect("dw").await.query_one(many, &[]).await.expect("an answer").get(0);
+    assert!(in_flight, "several batches are in flight");
+    let (most, _) = watch.end();
+    println!("{before} MiB before, {most} MiB at the most");
+    assert!(most <= before + LEAST / MIB + SLACK, "the worker held {most} MiB, {before} MiB before");
+    right.batch_execute("COMMIT").await.expect("a commit");
+    worker.wait_level(&left).await;
+    assert_same(&left, &right, WAITING_ROWS + 1).await;
 }

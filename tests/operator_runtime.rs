@@ -3,17 +3,17 @@
 
 mod support;
 
-use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::rbac::v1::{ClusterRoleBinding, RoleRef, Subject};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::runtime::controller::{Action, Controller};
+use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, Client, CustomResourceExt as _, Resource, ResourceExt as _};
 use serde_json::json;
+use sluice::operator::cache::{Caches, Wake, any_change};
 use sluice::operator::client::client as bounded_client;
 use sluice::operator::events::EventKind;
 use sluice::operator::health::Health;
@@ -106,17 +106,17 @@ async fn a_status_is_written_only_when_it_differs() {
     let created = api.create(&PostParams::default(), &mirror(&namespace, "m")).await.expect("a mirror");
     let status =
         MirrorStatus { phase: Some("Copying".into()), observed_generation: Some(1), rows_copied: Some(7), ..MirrorStatus::default() };
-    assert!(apply::patch_status(&ctx, &created, &status).await.expect("written"));
+    assert!(apply::patch_status(&ctx, &created, None, &status).await.expect("written"));
     let reported = api.get("m").await.expect("the mirror");
     assert_eq!(reported.status.as_ref(), Some(&status));
-    assert!(!apply::patch_status(&ctx, &reported, &status).await.expect("the same"));
+    assert!(!apply::patch_status(&ctx, &reported, reported.status.as_ref(), &status).await.expect("the same"));
     // A field that is no longer reported goes away.
     let less = MirrorStatus { rows_copied: None, ..status };
-    assert!(apply::patch_status(&ctx, &reported, &less).await.expect("written"));
+    assert!(apply::patch_status(&ctx, &reported, reported.status.as_ref(), &less).await.expect("written"));
     assert_eq!(api.get("m").await.expect("the mirror").status, Some(less.clone()));
 
     api.delete("m", &DeleteParams::default()).await.expect("deleted");
-    assert!(!apply::patch_status(&ctx, &reported, &MirrorStatus::default()).await.expect("nothing to report to"));
+    assert!(!apply::patch_status(&ctx, &reported, reported.status.as_ref(), &MirrorStatus::default()).await.expect("nothing to report to"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -287,7 +287,7 @@ async fn an_object_that_cannot_be_decoded_is_left_out_and_namespaces_are_joined(
     let watched = watches.watch::<Strict>(&selected());
     assert_eq!(health.not_ready(), ["waiting for the cache of configmaps"]);
     let store = watched.store.clone();
-    let task = tokio::spawn(watched.changes.for_each(|change| async move { assert!(change.is_ok()) }));
+    let task = tokio::spawn(watched.run());
     let names = || {
         let mut names: Vec<_> = store.state().iter().map(|object| object.name_any()).collect();
         names.sort();
@@ -305,6 +305,39 @@ async fn an_object_that_cannot_be_decoded_is_left_out_and_namespaces_are_joined(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_cache_keeps_of_mirrors_does_not_grow_with_their_tables() {
+    let server = ApiServer::shared().await;
+    server.install(definitions()).await;
+    let namespace = server.namespace("many").await;
+    let admin = server.client().await;
+    let api = Api::<Mirror>::namespaced(admin.clone(), &namespace);
+    // Names of one length; more of them than fit on a page of the list.
+    let count = 120;
+    for number in 0..count {
+        let tables: Vec<_> = (0..if number == 0 { 1 } else { 1_000 }).map(|table| json!({"name": format!("table_{table:04}")})).collect();
+        let mut mirror = mirror(&namespace, &format!("m-{number:03}"));
+        mirror.spec.tables = serde_json::from_value(json!(tables)).expect("tables");
+        // As `kubectl apply` leaves it.
+        let copy = serde_json::to_string(&mirror.spec).expect("JSON");
+        mirror.metadata.annotations = Some([("kubectl.kubernetes.io/last-applied-configuration".to_owned(), copy)].into());
+        api.create(&PostParams::default(), &mirror).await.expect("a mirror");
+    }
+    let ctx = context(&server, &namespace).await;
+    let caches = Caches::new(&ctx);
+    let store = caches.mirrors.store.clone();
+    let (mut tasks, shutdown) = (JoinSet::new(), Shutdown::new());
+    caches.spawn(&mut tasks, &shutdown);
+    eventually(30, "the cache is filled", || async { store.state().len() == count }).await;
+    let kept: std::collections::BTreeMap<_, _> =
+        store.state().iter().map(|mirror| (mirror.name_any(), format!("{mirror:?}").len())).collect();
+    // Text of resource versions may be a digit longer.
+    let (small, large) = (kept["m-000"], kept.values().max().copied().expect("mirrors"));
+    assert!(large <= small + 8 && large < 2_048, "{small} and {large} characters");
+    shutdown.cancel();
+    while tasks.join_next().await.is_some() {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_watch_recovers_from_faults_and_its_silence_is_noticed() {
     let server = ApiServer::shared().await;
     let namespace = server.namespace("faults").await;
@@ -315,7 +348,7 @@ async fn a_watch_recovers_from_faults_and_its_silence_is_noticed() {
         .with_times(Duration::from_secs(1), Duration::from_secs(2));
     let watched = watches.watch::<ConfigMap>(&selected());
     let store = watched.store.clone();
-    let task = tokio::spawn(watched.changes.for_each(|change| async move { assert!(change.is_ok(), "errors are not passed on") }));
+    let task = tokio::spawn(watched.run());
     let admin = Api::<ConfigMap>::namespaced(server.client().await, &namespace);
     let add = async |name: &str| {
         admin.create(&PostParams::default(), &labelled(&namespace, name, &json!({}))).await.expect("an object");
@@ -426,9 +459,12 @@ static FINISHED: AtomicBool = AtomicBool::new(false);
 
 /// A controller that notes what it sees, panics at one object and takes its time with another.
 fn test_controllers(ctx: &Arc<Context>, shutdown: &Shutdown) -> JoinSet<()> {
-    let watched = ctx.watch::<Mirror>(&watcher::Config::default());
-    let controller = Controller::for_stream(watched.changes, watched.store);
+    let mut mirrors = ctx.watch::<Mirror>(&watcher::Config::default());
+    let (store, wake) = (mirrors.store.clone(), Wake::default());
+    mirrors.wake(&wake, any_change(), |mirror| [ObjectRef::from_obj(mirror)]);
     let mut tasks = JoinSet::new();
+    mirrors.spawn(&mut tasks, shutdown);
+    let controller = reconcile::controller(store, &wake);
     tasks.spawn(reconcile::run("mirror", controller, ctx.clone(), shutdown.clone(), |mirror: Arc<Mirror>, _| async move {
         let name = mirror.name_any();
         assert!(name != "panics", "a defect of ours");

@@ -12,8 +12,8 @@ use sluice::operator::metrics::Metrics;
 use sluice::operator::poller;
 use sluice::operator::shutdown::Shutdown;
 use sluice::operator::signing::SigningKeys;
+use sluice::operator::slim::SlimMirror;
 use sluice::operator::worker_client::{WorkerClient, WorkerError};
-use sluice::resources::Mirror;
 use sluice::worker::contract::{Desired, Status};
 use sluice::worker::token::{self, SigningKey};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -108,7 +108,7 @@ async fn transitions_of_a_worker_wake_its_mirror() {
     let mut changes = Box::pin(handle.changes());
     let mut woken = async || tokio::time::timeout(Duration::from_secs(15), changes.next()).await.expect("woken in time").expect("a mirror");
 
-    let mirror = ObjectRef::<Mirror>::new("m").within("n");
+    let mirror = ObjectRef::<SlimMirror>::new("m").within("n");
     handle.register(mirror.clone(), "uid-1", &address);
     assert_eq!(woken().await, mirror, "the first answer");
     assert_eq!(

@@ -19,9 +19,11 @@ CLUSTER=${CLUSTER:-local}
 CUSTOMERS=${CUSTOMERS:-100000}
 MIRROR=shop-to-warehouse
 export SHOP_NAMESPACE=shop K8S_ID=${K8S_ID:-11}
+# what it takes: a cluster and images made here, images alone, or only helm
 case $CLUSTER in
-  local | kind) ;;
-  current) POSTGRES_IMAGE=${POSTGRES_IMAGE:-postgres:17};;
+  local) NEEDS=();;
+  kind) NEEDS=(packages postgres tools);;
+  current) NEEDS=(tools) POSTGRES_IMAGE=${POSTGRES_IMAGE:-postgres:17};;
   *) die "CLUSTER is '$CLUSTER': local, kind or current";;
 esac
 
@@ -46,7 +48,8 @@ prepare_kind() {
   done
 }
 prepare_current() {
-  [ -n "${IMAGE:-}" ] || die "CLUSTER=current needs IMAGE=repository/sluice:tag, an image that the cluster can pull"
+  command -v kubectl >/dev/null || die "CLUSTER=current needs kubectl and a context that it uses"
+  [[ ${IMAGE:-} =~ ^[^@]+:[^:/@]+$ ]] || die "CLUSTER=current needs IMAGE=repository/sluice:tag, an image that the cluster can pull"
   REPOSITORY=${IMAGE%:*} TAG=${IMAGE##*:}
   say "using the context $(kubectl config current-context)"
 }
@@ -65,6 +68,7 @@ start_over() {
       die "namespace $namespace is there already and is not the demo's: nothing was changed"
     fi
   done
+  if ! crds_are_ours; then die "Sluice is installed in this cluster already, in another namespace: nothing was changed"; fi
   if kubectl get namespace "$SHOP_NAMESPACE" >/dev/null 2>&1; then step "removing the last demo" remove_shop; fi
   for namespace in "$SHOP_NAMESPACE" "$SYSTEM_NAMESPACE"; do
     new_namespace "$namespace"
@@ -72,6 +76,11 @@ start_over() {
   done
 }
 is_ours() { [ "$(kubectl get namespace "$1" -o 'jsonpath={.metadata.labels.sluice\.dev/demo}' 2>/dev/null)" = true ]; }
+# The chart leaves them in place; what says so is the release that they belong to.
+crds_are_ours() {
+  [ -z "$(kubectl get crd mirrors.sluice.dev --ignore-not-found -o name)" ] ||
+    [ "$(kubectl get crd mirrors.sluice.dev -o 'jsonpath={.metadata.annotations.meta\.helm\.sh/release-namespace}')" = "$SYSTEM_NAMESPACE" ]
+}
 remove_shop() {
   kubectl delete mirrors --all -n "$SHOP_NAMESPACE" --timeout=120s
   kubectl delete namespace "$SHOP_NAMESPACE" --timeout=120s
@@ -122,7 +131,7 @@ TEXT
 }
 
 up() {
-  timed "what the demo needs" "$REPO/e2e/deps.sh"
+  timed "what the demo needs" "$REPO/e2e/deps.sh" "${NEEDS[@]}"
   "prepare_$CLUSTER"
   trap '[ $? = 0 ] || diagnose' EXIT
   start_over

@@ -4,7 +4,7 @@
 
 use super::messages::{FRAME, announce, split, tables};
 use sluice::connectors::postgres::endpoint::Secret;
-use sluice::connectors::postgres::log::{LogConfig, PostgresLog};
+use sluice::connectors::postgres::log::{LogConfig, PostgresLog, StreamingPause};
 use sluice::connectors::postgres::pgoutput::{Decoder, Message};
 use sluice::connectors::postgres::{Endpoint, Lsn, TlsMode};
 use sluice::engine::batch::Batch;
@@ -156,6 +156,7 @@ async fn follow(port: u16, allowed: usize) -> (Error, usize) {
         binary: false,
         limits,
         room: Room::in_memory(1 << 20),
+        pause: StreamingPause::default(),
     };
     let mut log = match PostgresLog::open(config, Lsn(1)).await {
         Ok(log) => log,

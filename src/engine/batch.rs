@@ -1,5 +1,6 @@
 //! The unit that moves: changes that point into one arena of bytes. No allocation per row or per cell.
 
+use super::budget::Permit;
 use super::table::TableVersion;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -220,13 +221,23 @@ pub struct Part<P> {
     pub received: P,
     /// The last message of our own among the transactions that end in the part.
     pub heartbeat: Option<Heartbeat<P>>,
+    /// Counts its memory for as long as anybody holds it.
+    pub permit: Permit,
 }
 
 impl<P> Part<P> {
     /// A part that only moves the position.
     pub fn idle(received: P) -> Self {
-        let batch = Batch::default();
-        Self { batch, boundaries: Vec::new(), continues: false, open: false, open_from: None, received, heartbeat: None }
+        Self {
+            batch: Batch::default(),
+            boundaries: Vec::new(),
+            continues: false,
+            open: false,
+            open_from: None,
+            received,
+            heartbeat: None,
+            permit: Permit::default(),
+        }
     }
 
     /// Where the checkpoint stands when the part is applied: the end of its last transaction, or what was received.

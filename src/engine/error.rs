@@ -139,6 +139,7 @@ pub mod reason {
         TIMELINE_DIVERGED = "TimelineDiverged", "The source is on a timeline that left before the checkpoint.";
         SYSTEM_IDENTIFIER_CHANGED = "SystemIdentifierChanged", "The source is another server than the one first seen.";
         SLOT_LOST = "SlotLost", "The source has invalidated the slot.";
+        SLOT_AT_RISK = "SlotAtRisk", "Little is left of what the source may keep for the slot: it is going to be lost.";
         SLOT_IN_USE = "SlotInUse", "Another process reads from the slot.";
         START_POSITION_REQUIRED = "StartPositionRequired", "snapshot.enabled is false and nothing says where to start.";
         SNAPSHOT_LOST = "SnapshotLost", "The source's snapshot ended before a table was copied.";

@@ -7,6 +7,7 @@ use super::copy::{CopyJob, copy_tables, finish_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
 use super::progress::{Phase, Progress};
+use super::retention;
 use super::retry::Backoff;
 use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, TableCheckpoint, Target};
 use super::startup::{Facts, Start, check_mapping, decide};
@@ -93,7 +94,26 @@ where
     T: Target<Position = S::Position>,
 {
     progress.begin_session();
-    let set_up = set_up(&source, &target, config, progress, held);
+    tokio::select! {
+        biased;
+        ended = session(&source, &target, config, progress, stop, held) => ended,
+        never = retention::watch(&*source, progress) => match never {},
+    }
+}
+
+async fn session<S, T>(
+    source: &Arc<S>,
+    target: &Arc<T>,
+    config: &StreamConfig,
+    progress: &Progress,
+    stop: &Stop,
+    held: &mut Option<i64>,
+) -> Result<()>
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
+    let set_up = set_up(source, target, config, progress, held);
     let ready = tokio::select! {
         biased;
         () = stop.now.cancelled() => return Ok(()),
@@ -104,8 +124,8 @@ where
     let tables = ready.tables.clone();
     tokio::select! {
         biased;
-        ended = follow(&*source, ready, config.limits, progress, stop) => ended,
-        never = relate(&*target, &claim, &tables, progress) => match never {},
+        ended = follow(&**source, ready, config.limits, progress, stop) => ended,
+        never = relate(&**target, &claim, &tables, progress) => match never {},
     }
 }
 
@@ -167,6 +187,10 @@ where
 
     progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();
+    // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before the
+    // source is taken, so it is looked at once more.
+    begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
+    source.take(&mut applier).await?;
     let start = begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
     let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let handover = match start {

@@ -104,7 +104,7 @@ impl<P: Position> Handover<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::batch::{Batch, Boundary};
+    use crate::engine::batch::Boundary;
     use crate::engine::testing::Pos;
     use std::time::SystemTime;
 
@@ -118,13 +118,10 @@ mod tests {
         let boundaries =
             ends.iter().enumerate().map(|(i, end)| Boundary { changes: i + 1, end: Pos(*end), committed_at: SystemTime::UNIX_EPOCH });
         Part {
-            batch: Batch::default(),
             boundaries: boundaries.collect(),
-            continues: false,
             open: open_from.is_some(),
             open_from: open_from.map(Pos),
-            received: Pos(ends.last().copied().unwrap_or(0)),
-            heartbeat: None,
+            ..Part::idle(Pos(ends.last().copied().unwrap_or(0)))
         }
     }
 

@@ -10,6 +10,7 @@
 //! [`roles`]; [`flow`] puts them together.
 
 pub mod batch;
+pub mod budget;
 pub mod coalesce;
 mod copy;
 pub mod error;
@@ -20,6 +21,7 @@ mod heartbeat;
 pub mod latency;
 pub mod position;
 pub mod progress;
+pub mod retention;
 pub mod retry;
 pub mod roles;
 pub mod spill;

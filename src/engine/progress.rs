@@ -2,6 +2,7 @@
 
 use super::latency::Latency;
 use super::position::Position;
+use super::retention::Retention;
 use super::roles::{Applied, ApplyMode, LogLoad};
 use super::table::{QualifiedName, TableState};
 use std::collections::BTreeMap;
@@ -74,6 +75,8 @@ pub struct View {
     pub waiting: Option<String>,
     /// What the log takes of the machine.
     pub load: LogLoad,
+    /// What the source keeps for the stream, as it was seen last.
+    pub retention: Option<Retention>,
 }
 
 #[derive(Debug, Default)]
@@ -174,6 +177,7 @@ impl Progress {
             received: old.view.received,
             applied: old.view.applied,
             confirmed: old.view.confirmed,
+            retention: old.view.retention,
             ..View::default()
         };
         state.tables = old.tables;
@@ -276,6 +280,11 @@ impl Progress {
 
     pub(super) fn set_load(&self, load: LogLoad) {
         self.state().view.load = load;
+    }
+
+    /// Shows what the source keeps; `None` when it can't be asked.
+    pub fn set_retention(&self, retention: Option<Retention>) {
+        self.state().view.retention = retention;
     }
 
     pub(super) fn set_confirmed<P: Position>(&self, confirmed: &P) {

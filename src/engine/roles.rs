@@ -3,6 +3,7 @@
 use super::batch::Part;
 use super::error::Result;
 use super::position::Position;
+use super::retention::Retention;
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
 use bytes::Bytes;
@@ -153,6 +154,12 @@ pub trait Source: Send + Sync + 'static {
     /// come round again.
     fn fed(&self, tables: &[MappedTable]) -> impl Future<Output = Result<Vec<Fed>>> + Send;
 
+    /// Becomes the only worker that may change the source for this stream, until somebody claims it and takes it in turn. Whoever
+    /// did so before is ended, if the claim stands. [`Self::publish`], [`Self::create_log`], [`Self::drop_log`],
+    /// [`Self::snapshot`] and [`Self::open`] come after it and fail, class `Retry`, when it is over; what they rest on
+    /// ([`Self::published`], [`Self::log_state`]) must be read after it too.
+    fn take<P: Proof>(&self, claim: &mut P) -> impl Future<Output = Result<()>> + Send;
+
     /// Makes the publication hold exactly these tables and columns. Identity, column list and filter of each table that
     /// comes in are checked in the same source transaction under a lock, so that no table whose users' writes the source
     /// would refuse is ever published. One of `present`, which [`Self::published`] has told, must not have left since: once it
@@ -191,6 +198,11 @@ pub trait Source: Send + Sync + 'static {
 
     /// How far the sequences of a table are now. Read after its rows, so that no value in them comes again.
     fn sequence_values(&self, table: &MappedTable) -> impl Future<Output = Result<Vec<SequenceValue>>> + Send;
+
+    /// What is kept of the log for this stream; `None` when the source can't tell.
+    fn retention(&self) -> impl Future<Output = Result<Option<Retention>>> + Send {
+        async { Ok(None) }
+    }
 
     /// What a slow set-up waits for, for people: for example old transactions with their pids and age.
     fn waiting(&self) -> Option<String>;
@@ -246,8 +258,10 @@ pub trait ChangeLog: Send + 'static {
 /// What a log takes of the machine, and what it can't do for the lack of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogLoad {
-    /// Bytes of memory: of parts that wait and of transactions that have not ended.
+    /// Bytes of memory: of parts from being read until they are applied, and of transactions that have not ended.
     pub memory: u64,
+    /// The most that it takes, but for one part, in bytes.
+    pub memory_limit: u64,
     /// Bytes in files.
     pub spilled: u64,
     /// The most that may be in files, in bytes.
@@ -415,9 +429,18 @@ pub trait Target: Send + Sync + 'static {
     fn relate(&self, claim: &Claim, tables: &[MappedTable], tell: Tell<'_>) -> impl Future<Output = Result<Vec<String>>> + Send;
 }
 
+/// The holder of a claim.
+pub trait Proof: Send {
+    /// Proves that the claim still stands.
+    ///
+    /// # Errors
+    /// Class `Fenced` when somebody else has claimed the stream.
+    fn prove(&mut self) -> impl Future<Output = Result<()>> + Send;
+}
+
 /// The one writer of a stream, bound to the connections that it was claimed with: an error ends it, and the next claim makes
 /// a new one. It may hold parts that are *in flight*: accepted by [`Self::apply`], their outcome not given yet.
-pub trait Apply: Send + 'static {
+pub trait Apply: Proof + 'static {
     /// Positions of the source.
     type Position: Position;
 

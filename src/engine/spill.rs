@@ -21,7 +21,7 @@ const HEADER: usize = 4;
 /// What a log may take of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// Bytes of memory, for what waits to be applied and for what is kept apart.
+    /// Bytes of memory, for what is not applied yet and for what is kept apart.
     pub memory: usize,
     /// Files for what is kept apart and does not fit into memory.
     pub disk: Option<Disk>,

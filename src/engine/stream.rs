@@ -13,6 +13,7 @@ use super::progress::{Phase, Progress};
 use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Source};
 use super::table::{MappedTable, TableState};
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -57,6 +58,19 @@ struct Open<P> {
 /// The next part. Beside others it pays only for large ones: small ones cost a transaction each and are better left to grow.
 async fn next<L: ChangeLog>(log: &mut L, beside: bool) -> Result<Part<L::Position>> {
     if beside { log.next_grown().await } else { log.next().await }
+}
+
+/// Does a step that takes as long as the target likes; what has become of the log meanwhile is shown.
+async fn shown<L: ChangeLog, T>(log: &L, progress: &Progress, checkpoint: &L::Position, step: impl Future<Output = T>) -> T {
+    let mut step = pin!(step);
+    loop {
+        if let Ok(done) = tokio::time::timeout(TICK, &mut step).await {
+            return done;
+        }
+        progress.set_load(log.load());
+        let (received, head) = log.received();
+        progress.set_position(&received, checkpoint, &head);
+    }
 }
 
 /// What made a step.
@@ -146,9 +160,10 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         if !joined.is_empty() || (part.open && !part.continues) {
             self.settle().await?;
         }
-        let handover = &self.handover;
+        let Self { log, progress, handover, applier, .. } = self;
         let due = |table: u32, index: usize| handover.is_due(&part, table, index);
-        self.applier.apply(Arc::clone(&part), &due, &joined).await?;
+        // It may have to wait for parts in flight.
+        shown(log, progress, handover.checkpoint(), applier.apply(Arc::clone(&part), &due, &joined)).await?;
         if part.open {
             let open = self.open.get_or_insert(Open { commit_start: part.open_from.clone(), bytes: 0 });
             open.bytes += part.batch.size();
@@ -163,7 +178,8 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     /// Waits until nothing is in flight.
     async fn settle(&mut self) -> Result<()> {
         while !self.in_flight.is_empty() {
-            let applied = self.applier.applied().await?;
+            let Self { log, progress, handover, applier, .. } = self;
+            let applied = shown(log, progress, handover.checkpoint(), applier.applied()).await?;
             self.applied(applied).await?;
         }
         Ok(())

@@ -70,17 +70,17 @@ pub fn is_applied<K: Serialize>(live: &ObjectMeta, desired: &K) -> bool {
         && live.annotations.as_ref().and_then(|all| all.get(APPLIED_HASH)) == wanted.as_ref()
 }
 
-/// Reports `status` of `object`, by server-side apply to the subresource, only when it differs from what `object` has. Returns whether it
-/// was written.
+/// Reports the status `new` of `object`, by server-side apply to the subresource, only when it differs from the one it had. Returns
+/// whether it was written.
 ///
 /// # Errors
 /// As the API server answers; a missing object is no error: nothing is left to report.
-pub async fn patch_status<K: Object + Serialize, S: Serialize + Sync>(ctx: &Context, object: &K, status: &S) -> Result<bool> {
-    let (namespace, name) = place(object)?;
-    let status = to_json(status)?;
-    if to_json(object)?.get("status") == Some(&status) {
+pub async fn patch_status<K: Object, S: Serialize + PartialEq + Sync>(ctx: &Context, object: &K, old: Option<&S>, new: &S) -> Result<bool> {
+    if old == Some(new) {
         return Ok(false);
     }
+    let (namespace, name) = place(object)?;
+    let status = to_json(new)?;
     let body = json!({
         "apiVersion": K::api_version(&()),
         "kind": K::kind(&()),

@@ -2,6 +2,7 @@
 
 use super::backoff::Backoff;
 use super::binding::Bindings;
+use super::cache::Watched;
 use super::error::{ErrorClass, OperatorError, Result};
 use super::events::Events;
 use super::health::Health;
@@ -9,7 +10,7 @@ use super::metrics::Metrics;
 use super::options::Options;
 use super::poller::PollerHandle;
 use super::signing::SigningKeys;
-use super::watch::{Watchable, Watched, Watches};
+use super::watch::{Watchable, Watches};
 use super::worker_client::WorkerClient;
 use kube::Client;
 use kube::runtime::watcher;

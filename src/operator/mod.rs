@@ -6,6 +6,7 @@
 pub mod apply;
 pub mod backoff;
 pub mod binding;
+pub mod cache;
 pub mod client;
 pub mod connection;
 pub mod context;
@@ -24,6 +25,7 @@ pub mod reconcile;
 pub mod run;
 pub mod shutdown;
 pub mod signing;
+pub mod slim;
 pub mod watch;
 pub mod worker_client;
 

@@ -4,8 +4,8 @@
 //! a large installation together below [`PROGRESS_PER_SECOND`]. Numbers in between live in metrics and in [`PollerHandle::latest`].
 
 use super::metrics::Metrics;
+use super::slim::SlimMirror;
 use super::worker_client::{WorkerClient, WorkerError};
-use crate::resources::Mirror;
 use crate::worker::contract::{Phase, Status};
 use futures::Stream;
 use futures::stream::unfold;
@@ -99,7 +99,7 @@ enum Wake {
 }
 
 struct Worker {
-    mirror: ObjectRef<Mirror>,
+    mirror: ObjectRef<SlimMirror>,
     address: String,
     due: Instant,
     /// When the last poll that was settled had begun.
@@ -112,8 +112,8 @@ struct Worker {
 struct State {
     workers: Mutex<HashMap<String, Worker>>,
     changed: Notify,
-    wake: mpsc::Sender<ObjectRef<Mirror>>,
-    woken: Mutex<Option<mpsc::Receiver<ObjectRef<Mirror>>>>,
+    wake: mpsc::Sender<ObjectRef<SlimMirror>>,
+    woken: Mutex<Option<mpsc::Receiver<ObjectRef<SlimMirror>>>>,
 }
 
 /// Registers workers and reads what was polled. Cheap to clone.
@@ -132,7 +132,7 @@ impl Default for PollerHandle {
 impl PollerHandle {
     /// Polls the worker of `mirror` at `address` (`host:port`) from now on. Repeating it changes nothing; another address forgets what
     /// was polled and asks at once.
-    pub fn register(&self, mirror: ObjectRef<Mirror>, uid: &str, address: &str) {
+    pub fn register(&self, mirror: ObjectRef<SlimMirror>, uid: &str, address: &str) {
         let mut workers = self.workers();
         if workers.get(uid).is_some_and(|worker| worker.address == address) {
             return;
@@ -163,7 +163,7 @@ impl PollerHandle {
     }
 
     /// Mirrors to wake, for `Controller::reconcile_on`. One taker; a second gets a stream that stays empty.
-    pub fn changes(&self) -> impl Stream<Item = ObjectRef<Mirror>> + Send + 'static + use<> {
+    pub fn changes(&self) -> impl Stream<Item = ObjectRef<SlimMirror>> + Send + 'static + use<> {
         let taken = self.state.woken.lock().unwrap_or_else(PoisonError::into_inner).take();
         unfold(taken, |receiver| async move {
             let Some(mut receiver) = receiver else {

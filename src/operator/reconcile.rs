@@ -3,12 +3,13 @@
 //! Invariant: whatever one object does to its reconcile, the others go on.
 
 use super::backoff::spread;
+use super::cache::Wake;
 use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use super::shutdown::Shutdown;
 use futures::{FutureExt as _, StreamExt as _};
 use kube::runtime::controller::{self, Action, Controller};
-use kube::runtime::reflector::Lookup;
+use kube::runtime::reflector::{Lookup, Store};
 use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use std::convert::Infallible;
@@ -22,6 +23,14 @@ use tracing::{Instrument as _, debug, error, info_span, warn};
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Changes of one object within this time make one pass.
 const DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// A controller of the objects in `store`, which looks at those that `wake` names.
+pub fn controller<K>(store: Store<K>, wake: &Wake<K>) -> Controller<K>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    Controller::for_stream(futures::stream::pending(), store).reconcile_on(wake.objects())
+}
 
 /// Runs `controller` until `shutdown`, then lets running passes end. `reconcile` says when to look again; on an error the class does
 /// (see [`super::backoff`]).
@@ -127,13 +136,8 @@ pub fn requeue(duration: Duration) -> Action {
 }
 
 /// Keeps `sluice_operator_resources` up to date from the cache until `shutdown`; `ready` judges one object.
-pub async fn count_resources<K>(
-    ctx: Arc<Context>,
-    store: kube::runtime::reflector::Store<K>,
-    kind: &'static str,
-    ready: fn(&K) -> bool,
-    shutdown: Shutdown,
-) where
+pub async fn count_resources<K>(ctx: Arc<Context>, store: Store<K>, kind: &'static str, ready: fn(&K) -> bool, shutdown: Shutdown)
+where
     K: Lookup<DynamicType = ()> + Clone + 'static,
 {
     let mut tick = tokio::time::interval(Duration::from_secs(15));

@@ -1,14 +1,16 @@
 //! From the first second to the last: probes, client, kinds, keys, lease, controllers, drain.
 
 use super::backoff::spread;
+use super::cache::Caches;
 use super::context::Context;
+use super::databases::{Databases, Postgres};
 use super::error::{OperatorError, chain};
 use super::health::{self, Health};
 use super::leader::{Candidate, Times};
 use super::metrics::Metrics;
 use super::options::Options;
 use super::shutdown::{DRAIN, Shutdown};
-use super::{binding, client, connection, databases, mirror, permissions, poller, signing};
+use super::{binding, client, connection, mirror, permissions, poller, signing};
 use kube::{Client, Config};
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,13 +63,18 @@ pub async fn run(options: Options, shutdown: Shutdown) -> Result<(), RunError> {
     runtime.run(Config::infer).await
 }
 
-/// The controllers of the product.
+/// Starts the controllers of the product and the caches that they share.
+pub fn spawn_controllers(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, databases: Arc<dyn Databases>) {
+    let mut caches = Caches::new(ctx);
+    connection::spawn(tasks, ctx, shutdown, &mut caches, databases.clone());
+    mirror::spawn(tasks, ctx, shutdown, &mut caches, databases);
+    binding::spawn(tasks, ctx, shutdown);
+    caches.spawn(tasks, shutdown);
+}
+
 fn controllers(ctx: &Arc<Context>, shutdown: &Shutdown) -> JoinSet<()> {
-    let databases = Arc::new(databases::Postgres);
     let mut tasks = JoinSet::new();
-    connection::spawn(&mut tasks, ctx, shutdown, databases.clone());
-    mirror::spawn(&mut tasks, ctx, shutdown, databases);
-    binding::spawn(&mut tasks, ctx, shutdown);
+    spawn_controllers(&mut tasks, ctx, shutdown, Arc::new(Postgres));
     tasks
 }
 

@@ -70,6 +70,8 @@ pub mod reason {
         WORKER_STARTING = "WorkerStarting", "The worker's pod is not there or not ready yet.";
         WORKER_RUNNING = "WorkerRunning", "The worker answers.";
         WORKER_FAILED = "WorkerFailed", "The worker's pod fails to start or keeps ending.";
+        WORKER_CANNOT_START = "WorkerCannotStart", "The worker's pod has not started for so long that it will not by itself.";
+        WORKER_CRASH_LOOPING = "WorkerCrashLooping", "The worker has ended soon after each of many starts.";
         WORKER_UNREACHABLE = "WorkerUnreachable", "The worker's pod runs but does not answer.";
         WORKER_OUTDATED = "WorkerOutdated", "The worker speaks a contract that this operator no longer knows.";
         POLICY_MISSING = "PolicyMissing", "No admission policy enforces `spec.deletionProtection`.";

@@ -1,10 +1,11 @@
 //! What the worker knows about itself, shared by the loop that writes it and the HTTP server that shows it.
 
-use super::contract::{Desired, Failure, Notice, Phase, Status, VERSION};
+use super::contract::{Desired, Failure, Notice, Phase, Retention, Status, VERSION};
 use super::credentials::Redactor;
 use super::supervise::State;
 use crate::engine::error::{Class, Error, reason};
 use crate::engine::progress::{self, Progress, View};
+use crate::engine::retention;
 use crate::engine::roles::{self, LogLoad};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -153,13 +154,19 @@ fn phase(state: State, session: progress::Phase) -> Phase {
 
 fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     let phase = phase(facts.state, view.phase);
-    // Without a session nobody looks at the source: an old lag would look like a level one.
+    // Without a session nobody follows the source: an old lag would look like a level one.
     let connected = matches!(facts.state, State::Running | State::Stopping(_));
     let clean = |text: String| facts.redactor.clean(&text);
     let latency = |share| view.latency.percentile(share, Instant::now()).map(milliseconds).filter(|_| connected);
     let (latency_p50_milliseconds, latency_p99_milliseconds) = (latency(0.5), latency(0.99));
-    let load = Some(view.load).filter(|_| connected);
-    let bytes = |count: fn(&LogLoad) -> u64| load.as_ref().map(count);
+    let load = Some(&view.load).filter(|_| connected);
+    let bytes = |count: fn(&LogLoad) -> u64| load.map(count);
+    let of_log = load.and_then(|load| load.notice.clone());
+    let of_slot = || view.retention.as_ref().and_then(|seen| seen.notice(&desired.slot));
+    let notice = of_log.or_else(of_slot).as_ref().map(notice);
+    let (lag_bytes, retention) = (lag_bytes(&view, connected), view.retention.clone().map(retention));
+    let (log_memory_bytes, log_memory_limit_bytes) = (bytes(|load| load.memory), bytes(|load| load.memory_limit));
+    let (spill_bytes, spill_limit_bytes) = (bytes(|load| load.spilled), bytes(|load| load.spill_limit));
     let table_errors = view.table_errors.into_iter().take(TABLE_ERRORS);
     Status {
         contract: VERSION,
@@ -173,7 +180,7 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         received: view.received,
         applied: view.applied,
         confirmed: view.confirmed,
-        lag_bytes: view.lag_bytes.filter(|_| connected),
+        lag_bytes,
         lag_seconds: view.lag_seconds.filter(|_| connected),
         latency_p50_milliseconds,
         latency_p99_milliseconds,
@@ -186,12 +193,23 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         streaming: view.streaming && phase == Phase::Streaming,
         apply_mode: view.apply_mode.map(str::to_owned),
         waiting: view.waiting.filter(|_| connected).map(clean),
-        log_memory_bytes: bytes(|load| load.memory),
-        spill_bytes: bytes(|load| load.spilled),
-        spill_limit_bytes: bytes(|load| load.spill_limit),
-        notice: load.as_ref().and_then(|load| load.notice.as_ref()).map(notice),
+        log_memory_bytes,
+        log_memory_limit_bytes,
+        spill_bytes,
+        spill_limit_bytes,
+        retention,
+        notice,
         error: failure(facts),
     }
+}
+
+/// What is not applied; without a session what is not confirmed, if the source can be asked.
+pub(super) fn lag_bytes(view: &View, connected: bool) -> Option<u64> {
+    if connected { view.lag_bytes } else { view.retention.as_ref()?.unconfirmed }
+}
+
+fn retention(seen: retention::Retention) -> Retention {
+    Retention { slot_exists: seen.exists, retained_bytes: seen.retained, wal_status: seen.wal_status, safe_wal_size: seen.safe }
 }
 
 /// Rounded up.
@@ -279,6 +297,7 @@ mod tests {
             waiting: Some("pid 1".to_owned()),
             load: LogLoad {
                 memory: 1,
+                memory_limit: 4,
                 spilled: 2,
                 spill_limit: 3,
                 notice: Some(roles::Notice { reason: reason::SPILL_FULL, message: "full".to_owned() }),
@@ -286,7 +305,8 @@ mod tests {
             ..View::default()
         };
         let running = status("pod-1", &desired(7), &facts, view.clone());
-        assert_eq!((running.log_memory_bytes, running.spill_bytes, running.spill_limit_bytes), (Some(1), Some(2), Some(3)));
+        assert_eq!((running.log_memory_bytes, running.log_memory_limit_bytes), (Some(1), Some(4)));
+        assert_eq!((running.spill_bytes, running.spill_limit_bytes), (Some(2), Some(3)));
         assert_eq!(running.notice.map(|notice| notice.reason), Some("SpillFull".to_owned()));
         assert_eq!((running.generation, running.epoch, running.phase), (7, 3, Phase::Streaming));
         assert_eq!((running.lag_bytes, running.lag_seconds, running.streaming), (Some(10), Some(2), true));
@@ -305,6 +325,10 @@ mod tests {
         let shown = waiting.error.unwrap();
         assert_eq!((shown.class.as_str(), shown.reason.as_str(), shown.count), ("Retry", "SourceUnreachable", 2));
         assert_eq!((shown.message.as_str(), shown.retry_in_seconds), ("no route, password ***", Some(20)));
+        let lost = retention::Retention { exists: true, unconfirmed: Some(9), wal_status: Some("lost".to_owned()), ..Default::default() };
+        let lost = status("pod-1", &desired(7), &facts, View { retention: Some(lost), ..View::default() });
+        assert_eq!((lost.lag_bytes, lost.notice.map(|notice| notice.reason)), (Some(9), Some("SlotLost".to_owned())));
+        assert_eq!(lost.retention.map(|seen| (seen.slot_exists, seen.wal_status)), Some((true, Some("lost".to_owned()))));
         facts.failure = None;
         assert_eq!(failure(&facts).unwrap().reason, reason::INVALID_SPEC);
     }

@@ -231,7 +231,7 @@ pub struct Status {
     /// Last position that is on the target's disk and was confirmed to the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confirmed: Option<String>,
-    /// Bytes of log between the source's end and what is applied.
+    /// Bytes of log between the source's end and what is applied; without a session, and what was confirmed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lag_bytes: Option<u64>,
     /// Seconds since the commit time of the last transaction applied while something is waiting; 0 when level.
@@ -265,21 +265,44 @@ pub struct Status {
     /// What is waited for, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<String>,
-    /// Memory of the log in bytes: changes that wait, and transactions that have not ended.
+    /// Memory of the log in bytes: changes from being read until they are applied, and transactions that have not ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_memory_bytes: Option<u64>,
+    /// The most that this may be, but for one batch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_memory_limit_bytes: Option<u64>,
     /// Bytes in the spill.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_bytes: Option<u64>,
     /// The most that the spill may hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_limit_bytes: Option<u64>,
-    /// What is not as it should be though the stream goes on.
+    /// What the source keeps for the slot: looked at every ten seconds, also while suspended. Absent when it can't be asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
+    /// What is not as it should be though the stream goes on, or will go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice: Option<Notice>,
     /// Last failure, until it has passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+}
+
+/// A slot as the source sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Retention {
+    /// The slot is there.
+    pub slot_exists: bool,
+    /// Bytes of log that the source keeps for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retained_bytes: Option<u64>,
+    /// PostgreSQL's `wal_status`: reserved, extended, unreserved, lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_status: Option<String>,
+    /// PostgreSQL's `safe_wal_size`: bytes that may be written before the slot may be lost. Absent without a bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safe_wal_size: Option<i64>,
 }
 
 /// Something that people should know though the work goes on.

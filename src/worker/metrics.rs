@@ -1,11 +1,12 @@
 //! `/metrics`: read from the board at each scrape, so that nothing is counted twice.
 
-use super::board::{Board, Facts};
+use super::board::{Board, Facts, lag_bytes};
 use super::contract::Phase;
 use super::supervise::State;
 use crate::engine::error::reason;
 use crate::engine::latency::Latency;
 use crate::engine::progress::View;
+use crate::engine::retention::Retention;
 use crate::engine::roles::LogLoad;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text};
@@ -68,12 +69,14 @@ impl Collector for FromBoard {
         encode_session(&mut out, &view)?;
         let facts = self.0.facts();
         encode_worker(&mut out, &facts, phase)?;
-        // Without a session the lag is not known.
-        if matches!(facts.state, State::Running | State::Stopping(_)) {
-            encode_lag(&mut out, &view)?;
-            encode_load(&mut out, &view.load)?;
+        let connected = matches!(facts.state, State::Running | State::Stopping(_));
+        if let Some(bytes) = lag_bytes(&view, connected) {
+            out.gauge("lag_bytes", "Bytes of log between the source's end and what is applied; without a session, confirmed", bytes)?;
         }
-        Ok(())
+        if connected {
+            encode_running(&mut out, &view)?;
+        }
+        view.retention.as_ref().map_or(Ok(()), |seen| encode_retention(&mut out, seen))
     }
 }
 
@@ -102,18 +105,30 @@ fn encode_worker(out: &mut Output<'_>, facts: &Facts, phase: Option<Phase>) -> f
     out.gauge("failures_in_a_row", "Failures since a session last worked", in_a_row)
 }
 
-fn encode_lag(out: &mut Output<'_>, view: &View) -> fmt::Result {
-    if let Some(bytes) = view.lag_bytes {
-        out.gauge("lag_bytes", "Bytes of log between the source's end and what is applied", bytes)?;
-    }
+/// What is known only while a session runs.
+fn encode_running(out: &mut Output<'_>, view: &View) -> fmt::Result {
     if let Some(seconds) = view.lag_seconds {
         out.gauge("lag_seconds", "Age of the last transaction applied while more is waiting; 0 when level", seconds)?;
     }
-    Ok(())
+    encode_load(out, &view.load)
+}
+
+fn encode_retention(out: &mut Output<'_>, seen: &Retention) -> fmt::Result {
+    out.gauge("slot_exists", "1 when the replication slot is on the source", seen.exists.into())?;
+    if let Some(bytes) = seen.retained {
+        out.gauge("slot_retained_bytes", "Log that the source keeps for the slot", bytes)?;
+    }
+    if let Some(bytes) = seen.safe {
+        let bytes = u64::try_from(bytes).unwrap_or_default();
+        out.gauge("slot_safe_bytes", "What may still be written before the slot may be lost; absent without a bound", bytes)?;
+    }
+    let lost = seen.wal_status.as_deref() == Some("lost");
+    out.gauge("slot_lost", "1 when the source has invalidated the slot", lost.into())
 }
 
 fn encode_load(out: &mut Output<'_>, load: &LogLoad) -> fmt::Result {
-    out.gauge("log_memory_bytes", "Memory of changes that wait and of transactions that have not ended", load.memory)?;
+    out.gauge("log_memory_bytes", "Memory of changes until they are applied, and of transactions that have not ended", load.memory)?;
+    out.gauge("log_memory_limit_bytes", "The most that this memory may be", load.memory_limit)?;
     out.gauge("spill_bytes", "Files of transactions that have not ended", load.spilled)?;
     out.gauge("spill_limit_bytes", "The most that these files may take", load.spill_limit)?;
     let full = load.notice.as_ref().is_some_and(|notice| notice.reason == reason::SPILL_FULL);

@@ -36,8 +36,8 @@ pub struct Options {
     /// after that it is rolled back.
     #[arg(long, env = "SLUICE_GRACE_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub grace_seconds: u64,
-    /// Memory of the container in bytes. An eighth of it, at least 16 MiB and at most 256 MiB, is for the log: changes that wait
-    /// to be applied, and transactions that have not ended.
+    /// Memory of the container in bytes. An eighth of it, at least 16 MiB and at most 256 MiB, is for the log: changes
+    /// until they are applied, and transactions that have not ended.
     #[arg(long, env = "SLUICE_MEMORY_LIMIT", default_value_t = 512 * MIB)]
     pub memory_limit: u64,
     /// Bytes that the state folder may hold. Four fifths of them are for the spill: transactions that have not ended and do not fit

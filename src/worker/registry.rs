@@ -3,13 +3,16 @@
 use super::contract::Desired;
 use super::credentials::Credentials;
 use super::plan::{postgres_endpoint, stream_config};
+use crate::connectors::postgres::log::StreamingPause;
 use crate::connectors::postgres::source::PostgresSource;
 use crate::connectors::postgres::target::PostgresTarget;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{self, Stop, StreamConfig};
 use crate::engine::progress::Progress;
+use crate::engine::retention::Retention;
 use crate::engine::roles::{Source, Target};
 use crate::engine::spill::Room;
+use futures::future::BoxFuture;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
@@ -33,33 +36,61 @@ pub struct Job {
 pub trait Sessions: Send + 'static {
     /// Begins one. The task ends when the session does.
     fn start(&self, job: Job) -> JoinHandle<Result<()>>;
+
+    /// One look at what the source keeps for the stream, while no session runs; `None` when it can't tell.
+    fn look(&self, _desired: Arc<Desired>, _credentials: Credentials) -> BoxFuture<'static, Result<Option<Retention>>> {
+        Box::pin(async { Ok(None) })
+    }
 }
 
-/// Sessions of the connectors in this program.
+/// Sessions of the connectors in this program, and what outlives each of them.
 #[derive(Clone, Debug)]
 pub struct Connectors {
     /// What the log of a session may take of the machine.
-    pub room: Room,
+    room: Room,
+    /// PostgreSQL: that it can't stream is found out once.
+    pause: StreamingPause,
+}
+
+impl Connectors {
+    /// With this room for the log of a session.
+    #[must_use]
+    pub fn new(room: Room) -> Self {
+        Self { room, pause: StreamingPause::default() }
+    }
 }
 
 impl Sessions for Connectors {
     fn start(&self, job: Job) -> JoinHandle<Result<()>> {
-        tokio::spawn(session(job, self.room.clone()))
+        tokio::spawn(session(job, self.clone()))
+    }
+
+    fn look(&self, desired: Arc<Desired>, credentials: Credentials) -> BoxFuture<'static, Result<Option<Retention>>> {
+        Box::pin(async move {
+            match desired.source.engine.as_str() {
+                "PostgreSQL" => postgres_source(&desired, &credentials)?.retention().await,
+                _ => Ok(None),
+            }
+        })
     }
 }
 
-async fn session(job: Job, room: Room) -> Result<()> {
+fn postgres_source(desired: &Desired, credentials: &Credentials) -> Result<PostgresSource> {
+    let endpoint = postgres_endpoint(&desired.source, &credentials.source)?;
+    Ok(PostgresSource::new(endpoint, desired.slot.clone(), desired.publication.clone()))
+}
+
+async fn session(job: Job, connectors: Connectors) -> Result<()> {
     let config = stream_config(&job.desired)?;
     match (job.desired.source.engine.as_str(), job.desired.target.engine.as_str()) {
-        ("PostgreSQL", "PostgreSQL") => postgres_to_postgres(job, &config, room).await,
+        ("PostgreSQL", "PostgreSQL") => postgres_to_postgres(job, &config, connectors).await,
         (source, target) => Err(Error::stop(reason::INVALID_SPEC, format!("this worker knows no mirror from {source} to {target}"))),
     }
 }
 
-async fn postgres_to_postgres(job: Job, config: &StreamConfig, room: Room) -> Result<()> {
-    let source = postgres_endpoint(&job.desired.source, &job.credentials.source)?;
+async fn postgres_to_postgres(job: Job, config: &StreamConfig, Connectors { room, pause }: Connectors) -> Result<()> {
+    let source = postgres_source(&job.desired, &job.credentials)?.with_room(room).with_streaming_pause(pause);
     let target = postgres_endpoint(&job.desired.target, &job.credentials.target)?;
-    let source = PostgresSource::new(source, job.desired.slot.clone(), job.desired.publication.clone()).with_room(room);
     let target = PostgresTarget::new(target, config.owner.clone()).with_apply_connections(job.desired.stream.apply_connections);
     mirror(source, target, config, job).await
 }
@@ -95,7 +126,7 @@ mod tests {
             stop: Stop::default(),
             held: Arc::default(),
         };
-        let error = Connectors { room: Room::in_memory(0) }.start(job).await.unwrap().unwrap_err();
+        let error = Connectors::new(Room::in_memory(0)).start(job).await.unwrap().unwrap_err();
         assert_eq!(error.reason, reason::INVALID_SPEC);
         assert!(error.message.contains("PostgreSQL to Oracle"), "{error}");
     }

@@ -9,6 +9,7 @@ use super::registry::{Job, Sessions};
 use super::supervise::{Action, Exit, Health, Input, State, Urgency, Wanted, decide};
 use crate::engine::error::{Class, Error};
 use crate::engine::flow::Stop;
+use crate::engine::retention::LOOK_EVERY;
 use crate::engine::retry::Backoff;
 use std::future::pending;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Bound for a session to commit what is under way before it begins again with other settings.
 const RESTART_LIMIT: Duration = Duration::from_secs(10);
@@ -101,6 +103,10 @@ struct Worker<S> {
     backoff: Backoff,
     health: Health,
     held: Arc<Mutex<Option<i64>>>,
+    /// When the source was looked at last while no session ran.
+    looked: Option<Instant>,
+    /// A look that may be under way.
+    watch: Option<AbortOnDropHandle<()>>,
 }
 
 impl<S: Sessions> Worker<S> {
@@ -126,6 +132,8 @@ impl<S: Sessions> Worker<S> {
             backoff: Backoff::new(rand::random()),
             health: Health::default(),
             held: Arc::default(),
+            looked: None,
+            watch: None,
         }
     }
 
@@ -199,6 +207,7 @@ impl<S: Sessions> Worker<S> {
         if self.unstored.is_some() {
             self.store().await;
         }
+        self.watch_source().await;
         if let Some(document) = self.read_mounted().await
             && let Some(desired) = self.note_config_error(document)
             && let Some(exit) = self.consider_mounted(desired).await
@@ -210,6 +219,41 @@ impl<S: Sessions> Worker<S> {
             return self.handle(Input::Wish { changed: true }).await;
         }
         None
+    }
+
+    /// While no session runs the source keeps its log all the same: somebody must look.
+    async fn watch_source(&mut self) {
+        if !matches!(self.state, State::Suspended | State::Waiting(_)) {
+            self.watch = None;
+            return;
+        }
+        let rested = self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY);
+        let is_due = rested && self.watch.as_ref().is_none_or(AbortOnDropHandle::is_finished);
+        let desired = self.board.facts().desired.clone();
+        let Some(desired) = desired.filter(|_| is_due) else {
+            return;
+        };
+        self.looked = Some(Instant::now());
+        let for_reading = Arc::clone(&desired);
+        let credentials = blocking(move || Credentials::read(&for_reading)).await;
+        let look = credentials.map(|credentials| {
+            self.board.facts().redactor.learn(&credentials);
+            self.sessions.look(desired, credentials)
+        });
+        let board = Arc::clone(&self.board);
+        let task = tokio::spawn(async move {
+            let seen = match look {
+                Ok(look) => look.await,
+                Err(error) => Err(error),
+            };
+            let seen = seen.unwrap_or_else(|error| {
+                let message = board.facts().redactor.clean(&error.message);
+                tracing::debug!("the source can't be asked what it keeps: {message}");
+                None
+            });
+            board.progress().set_retention(seen);
+        });
+        self.watch = Some(AbortOnDropHandle::new(task));
     }
 
     async fn read_mounted(&self) -> Option<Result<Desired, ConfigError>> {
@@ -329,6 +373,7 @@ impl<S: Sessions> Worker<S> {
 
     async fn start(&mut self) {
         self.deadline = None;
+        self.watch = None;
         let Some(desired) = self.board.facts().desired.clone() else {
             return;
         };

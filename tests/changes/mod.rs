@@ -154,8 +154,7 @@ impl Changes {
             continues,
             open: end.is_none(),
             open_from: end.is_none().then_some(Lsn(received)),
-            received: Lsn(received),
-            heartbeat: None,
+            ..Part::idle(Lsn(received))
         }
     }
 }

@@ -28,9 +28,10 @@ use sluice::operator::client::client as bounded_client;
 use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers};
 use sluice::operator::health::Health;
 use sluice::operator::metrics::Metrics;
+use sluice::operator::run::spawn_controllers;
 use sluice::operator::shutdown::Shutdown;
 use sluice::operator::signing::{self, SigningKeys};
-use sluice::operator::{Context, Options, binding, connection, mirror, poller};
+use sluice::operator::{Context, Options, poller};
 use sluice::resources::conditions::{self, kind};
 use sluice::resources::names::worker_labels;
 use sluice::resources::{Mirror, MirrorStatus, Source, Target, crds};
@@ -188,9 +189,7 @@ impl Stage {
         let client = bounded_client(config, &metrics).expect("a client");
         let ctx = Context::new(client, options, metrics.clone(), Health::default(), self.keys.clone()).expect("a context");
         let (shutdown, mut tasks) = (Shutdown::new(), JoinSet::new());
-        connection::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
-        mirror::spawn(&mut tasks, &ctx, &shutdown, self.databases.clone());
-        binding::spawn(&mut tasks, &ctx, &shutdown);
+        spawn_controllers(&mut tasks, &ctx, &shutdown, self.databases.clone());
         tasks.spawn(poller::run(ctx.poller.clone(), ctx.workers.clone(), ctx.metrics.clone(), shutdown.clone()));
         let follow =
             signing::follow(self.client.clone(), self.home.clone(), SIGNING_KEY.into(), self.keys.clone(), Duration::from_millis(200));
@@ -428,13 +427,14 @@ struct StubState {
     desired: Desired,
     pushed: Vec<Desired>,
     said: Value,
+    down: bool,
 }
 
 impl StubWorker {
     async fn start(desired: Desired) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
-        let state = Arc::new(Mutex::new(StubState { desired, pushed: vec![], said: json!({}) }));
+        let state = Arc::new(Mutex::new(StubState { desired, pushed: vec![], said: json!({}), down: false }));
         let router = Router::new().route("/v1/status", get(status)).route("/v1/desired", put(put_desired)).with_state(Arc::clone(&state));
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await.expect("served") });
@@ -444,6 +444,11 @@ impl StubWorker {
     /// What is different in its status from now on.
     pub fn says(&self, said: Value) {
         self.state.lock().expect("no panic").said = said;
+    }
+
+    /// Whether it answers from now on, as when its process has ended.
+    pub fn is_down(&self, down: bool) {
+        self.state.lock().expect("no panic").down = down;
     }
 
     /// The documents that were pushed.
@@ -461,6 +466,9 @@ fn is_allowed(desired: &Desired, headers: &HeaderMap, body: &[u8]) -> bool {
 
 async fn status(State(state): Shared, headers: HeaderMap) -> std::result::Result<axum::Json<Status>, StatusCode> {
     let state = state.lock().expect("no panic");
+    if state.down {
+        return Err(StatusCode::SERVICE_UNAVAILABLE);
+    }
     if !is_allowed(&state.desired, &headers, b"") {
         return Err(StatusCode::UNAUTHORIZED);
     }
@@ -476,6 +484,9 @@ async fn status(State(state): Shared, headers: HeaderMap) -> std::result::Result
 
 async fn put_desired(State(state): Shared, headers: HeaderMap, body: Bytes) -> StatusCode {
     let mut state = state.lock().expect("no panic");
+    if state.down {
+        return StatusCode::SERVICE_UNAVAILABLE;
+    }
     if !is_allowed(&state.desired, &headers, &body) {
         return StatusCode::UNAUTHORIZED;
     }

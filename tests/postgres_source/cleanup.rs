@@ -1,5 +1,5 @@
 use super::support::eventually;
-use super::{Database, mapped, on_each_version, on_one_version};
+use super::{Database, alone, mapped, on_each_version, on_one_version};
 use sluice::connectors::postgres::cleanup::{CleanUp, Doomed, drop_slot_and_publication, drop_statement};
 use sluice::connectors::postgres::replication::connect_replication;
 use sluice::engine::error::reason;
@@ -13,10 +13,10 @@ async fn a_worker_that_still_reads_is_ended(major: u32) {
     let database = Database::new(major, "ending", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
-    source.publish(&tables, &[]).await.unwrap();
-    let position = *source.create_log().await.unwrap().position();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
+    let position = *alone(&source).await.create_log().await.unwrap().position();
     let limits = BatchLimits { rows: 1000, bytes: 1 << 20, delay: Duration::from_millis(5) };
-    let mut log = source.open(&position, &tables, limits).await.unwrap();
+    let mut log = alone(&source).await.open(&position, &tables, limits).await.unwrap();
     let (slot, publication) = (database.slot(), database.publication());
     let endpoint = database.server.endpoint(&database.name);
     let doomed = Doomed { slot: &slot, drop_slot: true, publication: Some(&publication) };
@@ -24,7 +24,7 @@ async fn a_worker_that_still_reads_is_ended(major: u32) {
     assert_eq!(done, CleanUp { slot_dropped: true, publication_dropped: true });
     while log.next().await.is_ok() {}
     assert_eq!(database.text("SELECT count(*)::text FROM pg_publication").await.as_deref(), Some("0"));
-    assert_eq!(source.log_state().await.unwrap(), None);
+    assert_eq!(database.source().log_state().await.unwrap(), None);
     // Again, and there is nothing left.
     assert_eq!(drop_slot_and_publication(&endpoint, doomed).await.unwrap(), CleanUp::default());
 }
@@ -68,7 +68,7 @@ async fn a_slot_in_the_making_goes(major: u32) {
         drop_slot_and_publication(&endpoint, Doomed { slot: &slot, drop_slot: true, publication: None }).await.unwrap();
         assert_eq!(source.log_state().await.unwrap(), None);
     };
-    let (created, ()) = tokio::join!(source.create_log(), clean_up);
+    let (created, ()) = tokio::join!(alone(&source).await.create_log(), clean_up);
     assert!(created.is_err());
     old.batch_execute("ROLLBACK").await.unwrap();
 }

@@ -67,7 +67,7 @@ async fn a_poor_server_is_described(major: u32) {
     assert_eq!(source.failed.iter().map(|failed| (failed.name, failed.warning)).collect::<Vec<_>>(), expected);
     // The source itself says the same.
     let stream = sluice::connectors::postgres::source::PostgresSource::new(server.endpoint("postgres"), "sluice_s", "p");
-    assert!(sluice::engine::roles::Source::create_log(&stream).await.is_err());
+    assert!(sluice::engine::roles::Source::take(&stream, &mut super::Unopposed).await.is_err());
 }
 
 /// Connections go to one server and the other in turn, as behind a load balancer.

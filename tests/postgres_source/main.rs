@@ -5,6 +5,7 @@ mod support;
 
 mod catalog;
 mod cleanup;
+mod fence;
 mod inspect;
 mod publication;
 mod slot;
@@ -13,7 +14,7 @@ mod snapshot;
 use futures::TryStreamExt as _;
 use sluice::connectors::postgres::source::PostgresSource;
 use sluice::engine::error::Error;
-use sluice::engine::roles::{BulkFormat, Range, Selection, Snapshot as _, Source as _, TableSelection};
+use sluice::engine::roles::{BulkFormat, Proof, Range, Selection, Snapshot as _, Source as _, TableSelection};
 use sluice::engine::table::{MappedTable, QualifiedName};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use support::Postgres;
@@ -77,6 +78,21 @@ impl Database {
     async fn text(&self, sql: &str) -> Option<String> {
         self.admin.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
     }
+}
+
+/// A claim that nobody contends with.
+struct Unopposed;
+
+impl Proof for Unopposed {
+    async fn prove(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// The source after it was taken: it may be changed until the next error.
+async fn alone(source: &PostgresSource) -> &PostgresSource {
+    source.take(&mut Unopposed).await.expect("the source is taken");
+    source
 }
 
 /// Tables of the schema `public`, each to the same name, with the excluded columns.

@@ -1,5 +1,5 @@
 use super::support::eventually;
-use super::{Database, mapped, on_each_version, on_one_version};
+use super::{Database, alone, mapped, on_each_version, on_one_version};
 use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::Source as _;
 use sluice::engine::table::QualifiedName;
@@ -46,7 +46,7 @@ async fn holds_exactly_the_mapped_tables(major: u32) {
     assert_eq!(source.published().await.unwrap_err().reason, reason::PUBLICATION_MISSING);
     let excluded: &[&str] = if major < 15 { &[] } else { &["secret Column"] };
     let tables = mapped(&source, &[("a", excluded), ("User", &[]), (&long, &[]), ("parent", &[]), ("root", &[])]).await;
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     let names: Vec<QualifiedName> = tables.iter().map(|table| table.source().clone()).collect();
     let mut published = source.published().await.unwrap();
     published.sort();
@@ -61,28 +61,28 @@ async fn holds_exactly_the_mapped_tables(major: u32) {
     // Nothing to do: nothing is done.
     let version = "SELECT string_agg(xmin::text, ' ' ORDER BY oid) FROM pg_publication_rel";
     let before = database.text(version).await;
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     assert_eq!(database.text(version).await, before);
 
     // A table leaves, one loses its list of columns; the others are not touched.
     let tables = mapped(&source, &[("a", &[]), ("User", &[]), ("root", &[])]).await;
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     let expected = if major < 15 { "User a root" } else { "User{order} a{id,\"secret Column\"} root{id}" };
     assert_eq!(shown(&database).await, expected);
     // One that somebody has taken out since the publication was looked at does not come back as if nothing had been.
     let present = source.published().await.unwrap();
     database.run(&format!("ALTER PUBLICATION \"{}\" DROP TABLE a", database.publication())).await;
-    let error = source.publish(&tables, &present).await.unwrap_err();
+    let error = alone(&source).await.publish(&tables, &present).await.unwrap_err();
     assert_eq!((error.class, error.reason), (Class::Retry, reason::LEFT_PUBLICATION), "{error}");
     assert_eq!(source.published().await.unwrap().len(), present.len() - 1);
-    source.publish(&tables, &source.published().await.unwrap()).await.unwrap();
+    alone(&source).await.publish(&tables, &source.published().await.unwrap()).await.unwrap();
     assert_eq!(shown(&database).await, expected);
-    source.publish(&[], &[]).await.unwrap();
+    alone(&source).await.publish(&[], &[]).await.unwrap();
     assert_eq!(source.published().await.unwrap(), []);
     database
         .run(&format!("ALTER PUBLICATION \"{}\" SET (publish = 'insert', publish_via_partition_root = false)", database.publication()))
         .await;
-    source.publish(&tables[..1], &[]).await.unwrap();
+    alone(&source).await.publish(&tables[..1], &[]).await.unwrap();
     assert_eq!(database.text(options).await.as_deref(), Some("tttttfsluice:sluice_holds"));
 }
 
@@ -123,7 +123,7 @@ async fn changes_behind_the_catalog_are_caught_under_the_lock(major: u32) {
             eventually(10, "the publication waits", async || !database.admin.query(waits, &[]).await.unwrap().is_empty()).await;
             other.batch_execute("COMMIT").await.unwrap();
         };
-        let (published, ()) = tokio::join!(source.publish(&tables, &[]), commit);
+        let (published, ()) = tokio::join!(alone(&source).await.publish(&tables, &[]), commit);
         let error = published.expect_err(change);
         assert_eq!((error.reason, error.class), (expected, class), "{change}: {error}");
         // The refusal published nothing, so users go on.
@@ -134,7 +134,7 @@ async fn changes_behind_the_catalog_are_caught_under_the_lock(major: u32) {
         database.run(undo).await;
     }
     let tables = mapped(&source, &[("t", &[]), ("safe", &[]), ("root", &[])]).await;
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     database.run("UPDATE t SET v = v + 1").await;
 }
 
@@ -145,10 +145,10 @@ async fn users_writes_go_on(major: u32) {
     // A user's open transaction that wrote is not waited for, and what it writes next does not wait for us.
     let user = database.server.connect(&database.name).await;
     user.batch_execute("BEGIN; UPDATE t SET v = 2").await.unwrap();
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     user.batch_execute("UPDATE t SET v = 3; COMMIT").await.unwrap();
     // What VACUUM or CREATE INDEX CONCURRENTLY holds is waited for; writers do not queue up behind our wait.
-    source.publish(&[], &[]).await.unwrap();
+    alone(&source).await.publish(&[], &[]).await.unwrap();
     user.batch_execute("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE").await.unwrap();
     let others = async {
         let waits = "SELECT FROM pg_locks WHERE NOT granted AND mode = 'ShareUpdateExclusiveLock'";
@@ -156,7 +156,7 @@ async fn users_writes_go_on(major: u32) {
         database.run("SET lock_timeout = '1s'; UPDATE t SET v = 4").await;
         user.batch_execute("COMMIT").await.unwrap();
     };
-    let (published, ()) = tokio::join!(source.publish(&tables, &[]), others);
+    let (published, ()) = tokio::join!(alone(&source).await.publish(&tables, &[]), others);
     published.unwrap();
 }
 
@@ -175,7 +175,7 @@ async fn long_locks_are_waited_for_in_turns(major: u32) {
         }
         user.batch_execute("COMMIT").await.unwrap();
     };
-    let (published, ()) = tokio::join!(source.publish(&tables, &[]), turns);
+    let (published, ()) = tokio::join!(alone(&source).await.publish(&tables, &[]), turns);
     published.unwrap();
 }
 
@@ -194,20 +194,20 @@ async fn a_users_publication_is_used_or_refused(major: u32) {
     let fingerprint = "SELECT concat(xmin, obj_description(oid), (SELECT string_agg(r.xmin::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r)) FROM pg_publication";
     database.run(&format!("CREATE PUBLICATION \"{name}\" FOR TABLE t, u; COMMENT ON PUBLICATION \"{name}\" IS 'mine'")).await;
     let before = database.text(fingerprint).await;
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     for wrong in [&tables[..1], &all[..]] {
-        let error = source.publish(wrong, &[]).await.unwrap_err();
+        let error = alone(&source).await.publish(wrong, &[]).await.unwrap_err();
         assert_eq!((error.reason, error.class), (reason::INVALID_SPEC, Class::Stop), "{error}");
     }
     assert_eq!(database.text(fingerprint).await, before, "never altered");
     for definition in ["FOR ALL TABLES", "FOR TABLE t, u WITH (publish = 'insert')", "FOR TABLE t"] {
         database.run(&format!("DROP PUBLICATION \"{name}\"; CREATE PUBLICATION \"{name}\" {definition}")).await;
-        assert_eq!(source.publish(&tables, &[]).await.unwrap_err().reason, reason::INVALID_SPEC, "{definition}");
+        assert_eq!(alone(&source).await.publish(&tables, &[]).await.unwrap_err().reason, reason::INVALID_SPEC, "{definition}");
     }
     if major >= 15 {
         for definition in ["FOR TABLE t (id), u", "FOR TABLE t WHERE (id > 1), u", "FOR TABLES IN SCHEMA public"] {
             database.run(&format!("DROP PUBLICATION \"{name}\"; CREATE PUBLICATION \"{name}\" {definition}")).await;
-            assert_eq!(source.publish(&tables, &[]).await.unwrap_err().reason, reason::INVALID_SPEC, "{definition}");
+            assert_eq!(alone(&source).await.publish(&tables, &[]).await.unwrap_err().reason, reason::INVALID_SPEC, "{definition}");
         }
     }
     // One that another stream made is not ours, even if it fits.
@@ -216,23 +216,23 @@ async fn a_users_publication_is_used_or_refused(major: u32) {
             "DROP PUBLICATION \"{name}\"; CREATE PUBLICATION \"{name}\" FOR TABLE t, u; COMMENT ON PUBLICATION \"{name}\" IS 'sluice:other'"
         ))
         .await;
-    let error = source.publish(&tables, &[]).await.unwrap_err();
+    let error = alone(&source).await.publish(&tables, &[]).await.unwrap_err();
     assert!(error.reason == reason::INVALID_SPEC && error.message.contains("another stream"), "{error}");
 }
 
 async fn rights_of_the_owner_are_needed(major: u32) {
     let database = Database::new(major, "owners", "CREATE TABLE t(id int PRIMARY KEY); GRANT SELECT ON t TO PUBLIC").await;
-    let source = database.source_as("publisher", "").await;
+    let source = database.source_as("publisher", "REPLICATION").await;
     let tables = mapped(&source, &[("t", &[])]).await;
     let refused = async |words: &str| {
-        let error = source.publish(&tables, &[]).await.unwrap_err();
+        let error = alone(&source).await.publish(&tables, &[]).await.unwrap_err();
         assert!(error.reason == reason::PRIVILEGE_MISSING && error.message.contains(words), "{error}");
     };
     refused("GRANT owner TO role").await;
     database.run("CREATE ROLE owner; ALTER TABLE t OWNER TO owner; GRANT owner TO publisher").await;
     refused("permission denied for database").await;
     database.run("GRANT CREATE ON DATABASE owners TO publisher").await;
-    source.publish(&tables, &[]).await.unwrap();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
     drop(source);
     database.run("DROP PUBLICATION \"Publication of owners\"; DROP OWNED BY publisher, owner; DROP ROLE publisher, owner").await;
 }

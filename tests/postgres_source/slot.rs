@@ -1,5 +1,5 @@
 use super::support::{Postgres, eventually};
-use super::{Database, mapped, on_each_version, on_one_version};
+use super::{Database, Unopposed, alone, mapped, on_each_version, on_one_version};
 use sluice::connectors::postgres::Lsn;
 use sluice::connectors::postgres::connect::Side;
 use sluice::connectors::postgres::inspect::{Checks, inspect};
@@ -35,7 +35,7 @@ async fn the_lasting_slot_lives_and_goes(major: u32) {
     assert_eq!(Some(identity.system_identifier), database.text("SELECT system_identifier::text FROM pg_control_system()").await);
     assert_eq!(source.log_state().await.unwrap(), None);
     let before = source.head().await.unwrap();
-    let snapshot = source.create_log().await.unwrap();
+    let snapshot = alone(&source).await.create_log().await.unwrap();
     let position = *snapshot.position();
     assert!(position >= before, "{position} ≥ {before}");
     let state = source.log_state().await.unwrap().unwrap();
@@ -47,9 +47,9 @@ async fn the_lasting_slot_lives_and_goes(major: u32) {
             Some("true")
         );
     }
-    source.drop_log().await.unwrap();
+    alone(&source).await.drop_log().await.unwrap();
     assert_eq!(source.log_state().await.unwrap(), None);
-    source.drop_log().await.unwrap();
+    alone(&source).await.drop_log().await.unwrap();
     assert_eq!(source.left_timeline_at(1).await.unwrap(), None);
 }
 
@@ -60,7 +60,7 @@ async fn temporary_slots_go_at_once(major: u32) {
     if major >= 17 {
         database.run("ALTER DATABASE temporary SET transaction_timeout = '200ms'").await;
     }
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     assert_eq!(slots(&database).await, "", "and the snapshot lives on");
     database.run("SELECT pg_sleep(0.3)").await;
     database.run("INSERT INTO t VALUES (2)").await;
@@ -83,12 +83,12 @@ async fn old_transactions_are_shown_and_waited_for(major: u32) {
         assert!(text.contains(&format!("pid {pid}, user postgres, database waiting, state idle in transaction, open for")), "{text}");
         old.batch_execute("COMMIT").await.unwrap();
     };
-    let (snapshot, ()) = tokio::join!(source.create_log(), watch);
+    let (snapshot, ()) = tokio::join!(alone(&source).await.create_log(), watch);
     let snapshot = snapshot.unwrap();
     assert_eq!(source.waiting(), None);
     // What it wrote lies before the position.
     assert_eq!(super::lines(&snapshot, &tables[0], &snapshot.ranges(&tables[0], 1000)).await, ["1"]);
-    source.drop_log().await.unwrap();
+    alone(&source).await.drop_log().await.unwrap();
 }
 
 async fn creation_gives_up_and_leaves_nothing(major: u32) {
@@ -98,7 +98,7 @@ async fn creation_gives_up_and_leaves_nothing(major: u32) {
     let old = database.server.connect(&database.name).await;
     old.batch_execute("BEGIN; INSERT INTO t VALUES (1)").await.unwrap();
     let pid: i32 = old.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
-    let error = source.create_log().await.err().expect("must give up");
+    let error = alone(&source).await.create_log().await.err().expect("must give up");
     assert_eq!((error.reason, error.class), (reason::WAITING_FOR_OLD_TRANSACTIONS, Class::Retry), "{error}");
     assert!(error.message.contains(&format!("pid {pid}")), "{error}");
     assert_eq!(source.waiting(), None);
@@ -106,7 +106,7 @@ async fn creation_gives_up_and_leaves_nothing(major: u32) {
 
     // Told to end in the middle: the same.
     let patient = PostgresSource::new(database.endpoint_as("creator"), database.slot(), "p");
-    let ended = tokio::time::timeout(Duration::from_millis(1200), patient.create_log()).await;
+    let ended = tokio::time::timeout(Duration::from_millis(1200), alone(&patient).await.create_log()).await;
     assert!(ended.is_err());
     eventually(10, "no slot is left", async || slots(&database).await.is_empty()).await;
     old.batch_execute("ROLLBACK").await.unwrap();
@@ -125,7 +125,7 @@ async fn foreign_slots_are_refused(major: u32) {
         (&other, format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')"), "foreign_slots_2"),
     ] {
         client.execute(&create, &[]).await.unwrap();
-        for error in [source.log_state().await.unwrap_err(), source.drop_log().await.unwrap_err()] {
+        for error in [source.log_state().await.unwrap_err(), alone(&source).await.drop_log().await.unwrap_err()] {
             assert!(error.reason == reason::INVALID_SPEC && error.message.contains(words), "{error}");
         }
         client.execute(&format!("SELECT pg_drop_replication_slot('{slot}')"), &[]).await.unwrap();
@@ -136,15 +136,15 @@ async fn the_log_opens_where_it_is_told(major: u32) {
     let database = Database::new(major, "opening", "CREATE TABLE t(id int PRIMARY KEY)").await;
     let source = database.source();
     let tables = mapped(&source, &[("t", &[])]).await;
-    source.publish(&tables, &[]).await.unwrap();
-    let position = *source.create_log().await.unwrap().position();
+    alone(&source).await.publish(&tables, &[]).await.unwrap();
+    let position = *alone(&source).await.create_log().await.unwrap().position();
     let missing = PostgresSource::new(database.server.endpoint(&database.name), "sluice_none", database.publication());
-    let refused = missing.open(&position, &tables, LIMITS).await.err().expect("no slot");
+    let refused = alone(&missing).await.open(&position, &tables, LIMITS).await.err().expect("no slot");
     assert_eq!(refused.reason, reason::CHECKPOINT_WITHOUT_SLOT);
-    let refused = source.open(&Lsn(position.0 - 1), &tables, LIMITS).await.err().expect("before the slot");
+    let refused = alone(&source).await.open(&Lsn(position.0 - 1), &tables, LIMITS).await.err().expect("before the slot");
     assert_eq!((refused.reason, refused.class), (reason::CHECKPOINT_BEHIND_SLOT, Class::Stop));
 
-    let mut log = source.open(&position, &tables, LIMITS).await.unwrap();
+    let mut log = alone(&source).await.open(&position, &tables, LIMITS).await.unwrap();
     database.run("INSERT INTO t VALUES (1)").await;
     let part = loop {
         let part = log.next().await.unwrap();
@@ -155,9 +155,9 @@ async fn the_log_opens_where_it_is_told(major: u32) {
     assert_eq!(part.batch.changes().len(), 1);
     assert!(source.log_state().await.unwrap().unwrap().active.is_some());
     // A second worker takes the slot from the first, which may be one that the server has not noticed to be gone.
-    let second = source.open(&position, &tables, LIMITS).await.unwrap();
+    let second = alone(&source).await.open(&position, &tables, LIMITS).await.unwrap();
     drop((log, second));
-    source.drop_log().await.unwrap();
+    alone(&source).await.drop_log().await.unwrap();
 }
 
 async fn limits_of_the_server_are_named(major: u32) {
@@ -170,18 +170,16 @@ async fn limits_of_the_server_are_named(major: u32) {
         eventually(5, "the sender is free", async || admin.query(senders, &[]).await.unwrap().is_empty()).await;
     };
     let first = source("sluice_1");
-    let snapshot = first.create_log().await.unwrap();
-    senders_gone().await;
-    let error = first.snapshot().await.err().expect("no free slot");
+    let snapshot = alone(&first).await.create_log().await.unwrap();
+    let error = alone(&first).await.snapshot().await.err().expect("no free slot");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_REPLICATION_SLOT, Class::Retry), "{error}");
-    first.publish(&[], &[]).await.unwrap();
-    first.drop_log().await.unwrap();
     senders_gone().await;
+    alone(&first).await.publish(&[], &[]).await.unwrap();
+    alone(&first).await.drop_log().await.unwrap();
     drop(snapshot);
-    let position = first.create_log().await.unwrap().position().to_owned();
-    senders_gone().await;
-    let log = first.open(&position, &[], LIMITS).await.unwrap();
-    let error = source("sluice_2").create_log().await.err().expect("no free sender");
+    let position = alone(&first).await.create_log().await.unwrap().position().to_owned();
+    let log = alone(&first).await.open(&position, &[], LIMITS).await.unwrap();
+    let error = source("sluice_2").take(&mut Unopposed).await.expect_err("no free sender");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_WAL_SENDER, Class::Retry), "{error}");
     drop(log);
     // The server throws away what the slot needs.
@@ -191,7 +189,8 @@ async fn limits_of_the_server_are_named(major: u32) {
     admin.batch_execute("CHECKPOINT").await.unwrap();
     let state = first.log_state().await.unwrap().unwrap();
     assert!(state.lost.is_some(), "{state:?}");
-    let error = first.open(&position, &[], LIMITS).await.err().expect("the slot is lost");
+    senders_gone().await;
+    let error = alone(&first).await.open(&position, &[], LIMITS).await.err().expect("the slot is lost");
     assert_eq!((error.reason, error.class), (reason::SLOT_LOST, Class::Stop), "{error}");
 }
 
@@ -220,7 +219,7 @@ async fn a_failover_is_followed(major: u32) {
     }
     server.connect("postgres").await.batch_execute("SELECT pg_promote()").await.unwrap();
     // What was decided for the old timeline is not carried out on the new one.
-    let error = source.snapshot().await.err().expect("another timeline than was seen");
+    let error = source.take(&mut Unopposed).await.expect_err("another timeline than was seen");
     assert_eq!((error.class, error.reason), (Class::Retry, reason::SOURCE_UNREACHABLE), "{error}");
     assert_eq!(source.identity().await.unwrap().timeline, 2);
     let left = source.left_timeline_at(1).await.unwrap().expect("timeline 1 is in the history");

@@ -1,5 +1,5 @@
 use super::support::eventually;
-use super::{Database, lines, mapped, on_each_version, on_one_version, read};
+use super::{Database, alone, lines, mapped, on_each_version, on_one_version, read};
 use sluice::engine::error::{Class, reason};
 use sluice::engine::roles::{BulkFormat, Range, Snapshot as _, Source as _};
 use std::sync::Arc;
@@ -60,7 +60,7 @@ async fn a_copy_under_load_equals_the_source_at_its_position(major: u32) {
         })
         .collect();
     for _ in 0..3 {
-        let snapshot = source.snapshot().await.unwrap();
+        let snapshot = alone(&source).await.snapshot().await.unwrap();
         let ranges = snapshot.ranges(&tables[0], 1000);
         assert!(ranges.len() > 3, "{ranges:?}");
         let copied = lines(&snapshot, &tables[0], &ranges).await;
@@ -87,7 +87,7 @@ async fn rows_beyond_the_planned_blocks_are_copied(major: u32) {
     // Planned by a size that is out of date when the snapshot is taken.
     let tables = mapped(&source, &[("t", &[])]).await;
     database.run(&format!("{fill}(501, 2000) i")).await;
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     database.run(&format!("{fill}(2001, 3000) i")).await;
     let ranges = snapshot.ranges(&tables[0], 100);
     assert!(ranges.len() >= 3, "never analyzed, and still in ranges: {ranges:?}");
@@ -96,7 +96,7 @@ async fn rows_beyond_the_planned_blocks_are_copied(major: u32) {
     database.run("DELETE FROM t WHERE id > 10").await;
     database.run("VACUUM ANALYZE t").await;
     database.run(&format!("{fill}(11, 4000) i")).await;
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     for rows in [1, 10, 1000, 1_000_000] {
         let ranges = snapshot.ranges(&tables[0], rows);
         assert_eq!(lines(&snapshot, &tables[0], &ranges).await.len(), 4000);
@@ -105,7 +105,7 @@ async fn rows_beyond_the_planned_blocks_are_copied(major: u32) {
     let tables = mapped(&source, &[("t", &[])]).await;
     database.run("DELETE FROM t WHERE id > 10").await;
     database.run("VACUUM t").await;
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     assert_eq!(lines(&snapshot, &tables[0], &snapshot.ranges(&tables[0], 100)).await.len(), 10);
 }
 
@@ -122,7 +122,7 @@ async fn partitioned_tables_are_copied_through_their_root(major: u32) {
     .await;
     let source = database.source();
     let tables = mapped(&source, &[("parent", &[]), ("root", &[])]).await;
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     database.run("DELETE FROM root WHERE id % 2 = 0").await;
     let ranges = snapshot.ranges(&tables[1], 10);
     assert_eq!(ranges, [Range { number: 0, blocks: None }]);
@@ -133,7 +133,7 @@ async fn partitioned_tables_are_copied_through_their_root(major: u32) {
     // Another partition than the snapshot knows.
     database.run("CREATE TABLE p3(id int PRIMARY KEY, v text); INSERT INTO p3 VALUES (300, 'x'); ALTER TABLE root ATTACH PARTITION p3 FOR VALUES FROM (300) TO (400)").await;
     assert_eq!(read(&snapshot, &tables[1], &ranges[0], BulkFormat::PostgresText).await.unwrap_err().reason, reason::SNAPSHOT_LOST);
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     assert_eq!(lines(&snapshot, &tables[1], &ranges).await.len(), 101);
     database.run("TRUNCATE p1").await;
     assert_eq!(read(&snapshot, &tables[1], &ranges[0], BulkFormat::PostgresText).await.unwrap_err().reason, reason::SNAPSHOT_LOST);
@@ -154,8 +154,8 @@ async fn names_are_quoted_and_excluded_columns_stay(major: u32) {
     let source = database.source();
     let excluded: &[&str] = if major < 15 { &[] } else { &[&long] };
     let table = mapped(&source, &[(&long, excluded)]).await.remove(0);
-    source.publish(std::slice::from_ref(&table), &[]).await.unwrap();
-    let snapshot = source.snapshot().await.unwrap();
+    alone(&source).await.publish(std::slice::from_ref(&table), &[]).await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     let open = Range { number: 0, blocks: Some((0, u64::MAX)) };
     for range in [Range { number: 0, blocks: None }, open] {
         let text = lines(&snapshot, &table, std::slice::from_ref(&range)).await;
@@ -182,7 +182,7 @@ async fn pieces_are_large_and_sessions_are_used_again(major: u32) {
     .await;
     let source = database.source();
     let table = mapped(&source, &[("t", &[])]).await.remove(0);
-    let snapshot = source.snapshot().await.unwrap();
+    let snapshot = alone(&source).await.snapshot().await.unwrap();
     let whole = Range { number: 0, blocks: None };
     let sessions = "SELECT count(*)::text FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'";
     let mut counts = Vec::new();
@@ -221,7 +221,7 @@ async fn a_rewritten_table_ends_the_snapshot(major: u32) {
         "ALTER TABLE t RENAME TO u; CREATE TABLE t(id int PRIMARY KEY, v text, n uuid)",
     ] {
         let tables = mapped(&source, &[("other", &[]), ("t", &[])]).await;
-        let snapshot = source.snapshot().await.unwrap();
+        let snapshot = alone(&source).await.snapshot().await.unwrap();
         let first = Range { number: 0, blocks: Some((0, 2)) };
         read(&snapshot, &tables[1], &first, BulkFormat::PostgresText).await.unwrap();
         database.run(change).await;
@@ -236,7 +236,7 @@ async fn a_dead_holder_ends_the_snapshot(major: u32) {
     let database = Database::new(major, "dead", "CREATE TABLE t(id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
     let source = database.source();
     let table = mapped(&source, &[("t", &[])]).await.remove(0);
-    let snapshot = source.create_log().await.unwrap();
+    let snapshot = alone(&source).await.create_log().await.unwrap();
     let whole = Range { number: 0, blocks: None };
     read(&snapshot, &table, &whole, BulkFormat::PostgresText).await.unwrap();
     let kill =
@@ -250,5 +250,5 @@ async fn a_dead_holder_ends_the_snapshot(major: u32) {
         }
     })
     .await;
-    source.drop_log().await.unwrap();
+    alone(&source).await.drop_log().await.unwrap();
 }

@@ -1,7 +1,7 @@
 //! A consumer of the log that checks each part's promises and plays the changes onto tables in memory.
 
 use sluice::connectors::postgres::connect::{Side, connect};
-use sluice::connectors::postgres::log::{LogConfig, PostgresLog};
+use sluice::connectors::postgres::log::{LogConfig, PostgresLog, StreamingPause};
 use sluice::connectors::postgres::replication::connect_replication;
 use sluice::connectors::postgres::{Endpoint, Lsn};
 use sluice::engine::batch::{Batch, CellKind, Image, Op, Part};
@@ -311,6 +311,7 @@ pub fn config(endpoint: &Endpoint, tables: &[MappedTable], binary: bool, limits:
         binary,
         limits,
         room: Room::in_memory(64 << 20),
+        pause: StreamingPause::default(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::follow::{Follower, LIMITS, config, create_slot, head, mapped, open_with, publish};
 use crate::support::{Postgres, eventually};
-use sluice::connectors::postgres::log::{LogConfig, PostgresLog};
+use sluice::connectors::postgres::log::{LogConfig, PostgresLog, StreamingPause};
 use sluice::connectors::postgres::{Endpoint, Lsn};
 use sluice::engine::error::reason;
 use sluice::engine::roles::ChangeLog as _;
@@ -15,11 +15,27 @@ use tokio_postgres::Client;
 const TABLES: [&str; 3] = ["keyed", "toasted", "full_rows"];
 
 pub async fn streamed(major: u32) {
-    let server = Postgres::start_with(major, &["logical_decoding_work_mem=64kB", "wal_sender_timeout=2s", "max_prepared_transactions=2"]);
+    let settings =
+        ["logical_decoding_work_mem=64kB", "wal_sender_timeout=2s", "max_prepared_transactions=2", "log_replication_commands=on"];
+    let server = Postgres::start_with(major, &settings);
     contents(&server).await;
+    rolled_back(&server).await;
     altered(&server).await;
     stalls(&server).await;
     overflow(&server).await;
+}
+
+/// How often the server was asked to send transactions before their end; it logs the commands.
+pub fn streamed_starts(server: &Postgres) -> usize {
+    let log = server.log();
+    log.lines().filter(|line| line.contains("received replication command: START_REPLICATION") && line.contains("streaming 'on'")).count()
+}
+
+/// Runs statements one after the other.
+async fn run<S: AsRef<str>>(client: &Client, statements: impl IntoIterator<Item = S>) {
+    for statement in statements {
+        client.batch_execute(statement.as_ref()).await.unwrap();
+    }
 }
 
 /// A database with three tables, its publication and its slot.
@@ -29,6 +45,8 @@ struct Stage {
     tables: Vec<MappedTable>,
     from: Lsn,
     folder: tempfile::TempDir,
+    /// What its logs know of each other.
+    pause: StreamingPause,
 }
 
 impl Stage {
@@ -51,12 +69,13 @@ impl Stage {
         }
         let endpoint = server.endpoint(database);
         let from = create_slot(&endpoint, "s").await;
-        Self { client, endpoint, tables, from, folder: tempfile::tempdir().unwrap() }
+        Self { client, endpoint, tables, from, folder: tempfile::tempdir().unwrap(), pause: StreamingPause::default() }
     }
 
     fn config(&self, binary: bool, memory: usize, limit: u64) -> LogConfig {
         let disk = Disk { folder: self.folder.path().join("spill"), limit };
-        LogConfig { room: Room { memory, disk: Some(disk) }, ..config(&self.endpoint, &self.tables, binary, LIMITS) }
+        let room = Room { memory, disk: Some(disk) };
+        LogConfig { room, pause: self.pause.clone(), ..config(&self.endpoint, &self.tables, binary, LIMITS) }
     }
 
     async fn follower(&self, binary: bool, memory: usize, limit: u64) -> Follower {
@@ -67,6 +86,20 @@ impl Stage {
         for name in TABLES {
             follower.assert_contents(&self.endpoint, name, binary).await;
         }
+    }
+
+    /// Runs statements as one transaction, then another one; how many of their rows came as mapped, and how many with the column `extra`.
+    async fn rows_by_version(&self, follower: &mut Follower, statements: &[String], after: &str) -> (usize, usize) {
+        let seen = follower.transactions.len();
+        run(&self.client, ["BEGIN"]).await;
+        run(&self.client, statements).await;
+        run(&self.client, ["COMMIT", after]).await;
+        follower.follow_to_head(&self.client).await;
+        let count = |differs: Option<&str>| {
+            let changes = follower.transactions[seen..].iter().flat_map(|transaction| &transaction.changes);
+            changes.filter(|change| change.differs.as_deref() == differs).count()
+        };
+        (count(None), count(Some("column `extra` is new")))
     }
 
     /// Transactions that the server has streamed, or spilled, so far.
@@ -125,9 +158,7 @@ async fn contents(server: &Postgres) {
     for n in 1..=4 {
         let client = server.connect("contents").await;
         writers.push(tokio::spawn(async move {
-            for statement in large(n) {
-                client.batch_execute(&statement).await.unwrap();
-            }
+            run(&client, large(n)).await;
             client
         }));
     }
@@ -154,9 +185,7 @@ async fn contents(server: &Postgres) {
             3 => "ROLLBACK",
             _ => "COMMIT",
         };
-        for statement in end.split("; ") {
-            client.batch_execute(statement).await.unwrap();
-        }
+        run(client, end.split("; ")).await;
     }
     follower.follow_to_head(&stage.client).await;
     stage.assert_contents(&follower, true).await;
@@ -172,9 +201,7 @@ async fn contents(server: &Postgres) {
 
     // One that ends in the middle of a slice; the same transaction begins anew on the next.
     let client = server.connect("contents").await;
-    for statement in large(7) {
-        client.batch_execute(&statement).await.unwrap();
-    }
+    run(&client, large(7)).await;
     again.follow_to_head(&stage.client).await;
     eventually(20, "slices are kept", || async { again.log.load().memory > 100_000 }).await;
     drop(again);
@@ -186,6 +213,51 @@ async fn contents(server: &Postgres) {
     stage.drop_slot().await;
 }
 
+/// What is rolled back after slices of it were spilled: subtransactions inside others, then whole transactions. Each slice is there
+/// before the roll-back, which the server can only tell then.
+async fn rolled_back(server: &Postgres) {
+    const ROWS: i32 = 3000;
+    let stage = Stage::make(server, "rolled_back").await;
+    let mut follower = stage.follower(true, 128 * 1024, 1 << 30).await;
+    let rows = |from: i32, value: &str| {
+        format!("INSERT INTO keyed SELECT i, '{value}' || repeat('x', 100), 1 FROM generate_series({from}, {from} + {ROWS} - 1) i")
+    };
+    stage.client.batch_execute(&rows(1, "before")).await.unwrap();
+    follower.follow_to_head(&stage.client).await;
+    // Writes, and waits until nearly all of it is here: 100 bytes a row and more. Most of it is in files.
+    let spill = async |writer: &Client, follower: &Follower, statement: &str| {
+        let kept = || follower.log.load().spilled + follower.log.load().memory;
+        let enough = kept() + 100 * u64::from(ROWS.unsigned_abs()) - 64 * 1024;
+        writer.batch_execute(statement).await.unwrap();
+        eventually(20, "slices are kept", || async { kept() >= enough }).await;
+    };
+    let writer = server.connect("rolled_back").await;
+    spill(&writer, &follower, &format!("BEGIN; {}", rows(10_001, "kept"))).await;
+    spill(&writer, &follower, &format!("SAVEPOINT a; UPDATE keyed SET v = 'in a' || repeat('y', 100) WHERE id <= {ROWS}")).await;
+    spill(&writer, &follower, &format!("SAVEPOINT b; SAVEPOINT c; {}", rows(20_001, "in c"))).await;
+    spill(&writer, &follower, &format!("RELEASE c; {}", rows(30_001, "in b"))).await;
+    writer.batch_execute("ROLLBACK TO b; RELEASE b").await.unwrap();
+    spill(&writer, &follower, &format!("SAVEPOINT d; {}", rows(20_001, "in d"))).await;
+    writer.batch_execute("RELEASE d; ROLLBACK TO a").await.unwrap();
+    spill(&writer, &follower, &format!("SAVEPOINT e; {}", rows(20_001, "in e"))).await;
+    writer.batch_execute("COMMIT").await.unwrap();
+    follower.follow_to_head(&stage.client).await;
+    stage.assert_contents(&follower, true).await;
+    assert_eq!(follower.log.load().spilled, 0);
+
+    let slices = stage.counted("stream_count").await;
+    spill(&writer, &follower, &format!("BEGIN; {}", rows(40_001, "whole"))).await;
+    writer.batch_execute(&format!("SAVEPOINT f; {}; ROLLBACK", rows(50_001, "whole"))).await.unwrap();
+    // Nothing has committed since: only the roll-back can have freed it.
+    eventually(20, "what was rolled back is freed", || async { follower.log.load().spilled == 0 }).await;
+    assert!(stage.counted("stream_count").await > slices);
+    stage.client.batch_execute(&rows(40_001, "after")).await.unwrap();
+    follower.follow_to_head(&stage.client).await;
+    stage.assert_contents(&follower, true).await;
+    drop(follower);
+    stage.drop_slot().await;
+}
+
 /// A table that changes inside of a streamed transaction; and inside a subtransaction that is rolled back, before it changes
 /// again: that servers can't decode before its end, and it comes whole.
 async fn altered(server: &Postgres) {
@@ -194,8 +266,8 @@ async fn altered(server: &Postgres) {
     let insert = |from: i32, columns: &str, values: &str| {
         format!("INSERT INTO keyed (id, v{columns}) SELECT i, md5(i::text){values} FROM generate_series({from}, {from} + 1999) i")
     };
-    for statement in [
-        "BEGIN".into(),
+    let after = |values: &str| format!("INSERT INTO keyed VALUES (9001, 'after', {values})");
+    let statements = [
         insert(1, "", ""),
         "SAVEPOINT a; ALTER TABLE keyed ADD extra int".into(),
         insert(2001, ", extra", ", 1"),
@@ -205,26 +277,15 @@ async fn altered(server: &Postgres) {
         insert(6001, "", ""),
         "ALTER TABLE keyed DROP extra; SAVEPOINT c; INSERT INTO keyed VALUES (9001, 'in', 1); ROLLBACK TO c".into(),
         insert(4001, "", ""),
-        "COMMIT".into(),
-        "INSERT INTO keyed VALUES (9001, 'after', 1)".into(),
-    ] {
-        stage.client.batch_execute(&statement).await.unwrap();
-    }
-    follower.follow_to_head(&stage.client).await;
-    let count = |follower: &Follower, differs: Option<&str>| {
-        let changes = follower.transactions.iter().flat_map(|transaction| &transaction.changes);
-        changes.filter(|change| change.differs.as_deref() == differs).count()
-    };
-    assert_eq!((count(&follower, None), count(&follower, Some("column `extra` is new"))), (4001, 4000));
+    ];
+    assert_eq!(stage.rows_by_version(&mut follower, &statements, &after("1")).await, (4001, 4000));
     assert!(stage.counted("stream_txns").await >= 1);
     assert_eq!(follower.log.load().notice, None);
     assert!(follower.log.announced() >= 3, "each change is told when it has committed");
     stage.client.batch_execute("TRUNCATE keyed").await.unwrap();
     follower.follow_to_head(&stage.client).await;
-    follower.transactions.clear();
 
-    for statement in [
-        "BEGIN".into(),
+    let statements = [
         insert(1, "", ""),
         "SAVEPOINT a; ALTER TABLE keyed ADD gone int".into(),
         insert(2001, ", gone", ", 1"),
@@ -232,13 +293,8 @@ async fn altered(server: &Postgres) {
         insert(4001, "", ""),
         "ALTER TABLE keyed ADD extra int".into(),
         insert(6001, ", extra", ", 2"),
-        "COMMIT".into(),
-        "INSERT INTO keyed VALUES (9001, 'after', 1, 3)".into(),
-    ] {
-        stage.client.batch_execute(&statement).await.unwrap();
-    }
-    follower.follow_to_head(&stage.client).await;
-    assert_eq!((count(&follower, None), count(&follower, Some("column `extra` is new"))), (4000, 2001));
+    ];
+    assert_eq!(stage.rows_by_version(&mut follower, &statements, &after("1, 3")).await, (4000, 2001));
     // A server without the defect streams on.
     assert!(follower.log.load().notice.is_none_or(|notice| notice.reason == reason::STREAMING_FAILED));
     assert_eq!(
@@ -296,9 +352,7 @@ async fn overflow(server: &Postgres) {
     for (n, end) in [(1, "COMMIT"), (2, "ROLLBACK")] {
         let client = server.connect("overflow").await;
         let small = server.connect("overflow").await;
-        for statement in large(n * 10) {
-            client.batch_execute(&statement).await.unwrap();
-        }
+        run(&client, large(n * 10)).await;
         small.batch_execute(&format!("INSERT INTO keyed VALUES (-{n}, 'before', 1)")).await.unwrap();
         let insert = format!("INSERT INTO keyed SELECT i, repeat('y', 100), 1 FROM generate_series({n}0000001, {n}0020000) i");
         client.batch_execute(&insert).await.unwrap();
@@ -307,21 +361,28 @@ async fn overflow(server: &Postgres) {
         assert_eq!(notice.reason, reason::SPILL_FULL);
         assert!(notice.message.contains(&LIMIT.to_string()), "{}", notice.message);
         assert!(bytes_below(stage.folder.path()) <= LIMIT);
+        let starts = streamed_starts(server);
+        if n == 1 {
+            // Another log does not try again what can't be.
+            drop(follower);
+            follower = stage.follower(true, 512 * 1024, LIMIT).await;
+            assert_eq!(follower.log.load().notice.as_ref(), Some(&notice));
+        }
 
         // Others go on meanwhile, large ones too.
         let spilled = stage.counted("spill_txns").await;
-        for statement in large(n * 10 + 1) {
-            small.batch_execute(&statement).await.unwrap();
-        }
+        run(&small, large(n * 10 + 1)).await;
         small.batch_execute("COMMIT").await.unwrap();
         follower.follow_to_head(&stage.client).await;
         assert_eq!(follower.log.load().notice, Some(notice));
+        assert_eq!(streamed_starts(server), starts);
         client.batch_execute(end).await.unwrap();
         follower.follow_to_head(&stage.client).await;
         eventually(20, "the server has kept it", || async { stage.counted("spill_txns").await > spilled }).await;
 
         // And then as before.
         follow_until(&mut follower, "it streams again", |log| !full(log)).await;
+        assert_eq!(streamed_starts(server), starts + 1);
         let streamed = stage.counted("stream_txns").await;
         small
             .batch_execute(&format!("BEGIN; INSERT INTO keyed SELECT i, 'z', 1 FROM generate_series({n}1000001, {n}1004000) i"))

@@ -1,5 +1,6 @@
 //! A worker that is killed while large transactions arrive: whatever it had kept of them is worth nothing, and nothing is lost.
 
+use crate::streamed::streamed_starts;
 use crate::support::Postgres;
 use crate::worker::{Worker, assert_equal};
 use rand::rngs::SmallRng;
@@ -15,7 +16,7 @@ pub async fn killed(major: u32) {
     let seed: u64 = rand::random();
     println!("seed {seed}");
     let mut random = SmallRng::seed_from_u64(seed);
-    let source = Postgres::start_with(major, &["logical_decoding_work_mem=64kB"]);
+    let source = Postgres::start_with(major, &["logical_decoding_work_mem=64kB", "log_replication_commands=on"]);
     let target = Postgres::start(15);
     let (left, right) = (source.create_database("shop").await, target.create_database("dw").await);
     left.batch_execute(
@@ -72,8 +73,20 @@ pub async fn killed(major: u32) {
     left.batch_execute("BEGIN; INSERT INTO t SELECT i, repeat('d', 200), 0 FROM generate_series(90000000, 90099999) i").await.unwrap();
     let is_full = |status: &sluice::worker::contract::Status| status.notice.as_ref().is_some_and(|notice| notice.reason == "SpillFull");
     worker.wait_for(60, "the spill is full", is_full).await;
+    // The target's connections are lost: the next session does not try again what can't be.
+    let starts = streamed_starts(&source);
+    let epoch = worker.status().await.expect("a status").epoch;
+    let lose = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'dw' AND pid <> pg_backend_pid()";
+    right.batch_execute(lose).await.unwrap();
+    other.batch_execute("INSERT INTO t VALUES (80000000, 'meanwhile', 0)").await.unwrap();
+    let next_session = |status: &sluice::worker::contract::Status| status.epoch > epoch && status.streaming && is_full(status);
+    worker.wait_for(60, "another session knows of it", next_session).await;
+    worker.wait_level(&other).await;
+    assert!(is_full(&worker.status().await.expect("a status")));
+    assert_eq!(streamed_starts(&source), starts);
     left.batch_execute("COMMIT").await.unwrap();
     worker.wait_level(&left).await;
     worker.wait_for(60, "it streams again", |status| status.streaming && status.notice.is_none()).await;
+    assert_eq!((streamed_starts(&source), worker.log().matches("the spill is full").count()), (starts + 1, 1));
     assert_equal(&left, &right, &["t"]).await;
 }

@@ -4,7 +4,7 @@ use crate::faults::{Moment, Point};
 use crate::history::{KEYS, Row, Rows, TABLES, Tables};
 use crate::mutants::Mutant;
 use crate::seen::Rare;
-use crate::server::{Effect, Entry, Stored, ended};
+use crate::server::{Effect, Entry, Stored, ended, lost_claim};
 use crate::sets;
 use crate::source::{by_name, definition, number};
 use crate::target::Connection;
@@ -12,7 +12,7 @@ use crate::world::World;
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::Part;
 use sluice::engine::error::{Error, Result, reason};
-use sluice::engine::roles::{Applied, Apply, ApplyMode};
+use sluice::engine::roles::{Applied, Apply, ApplyMode, Proof};
 use sluice::engine::table::{MappedTable, QualifiedName, TableState};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -107,6 +107,13 @@ impl SimApplier {
                 Err(Error::stop(reason::WRITE_REFUSED, what))
             }
         }
+    }
+}
+
+impl Proof for SimApplier {
+    async fn prove(&mut self) -> Result<()> {
+        let lost = self.world().server.stored.epoch != self.epoch;
+        if lost { Err(lost_claim()) } else { Ok(()) }
     }
 }
 

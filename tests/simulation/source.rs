@@ -10,7 +10,7 @@ use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
 use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::roles::{
-    BatchLimits, BulkFormat, BulkStream, ChangeLog, Fed, LogState, Range, Selection, Snapshot, Source, SourceIdentity,
+    BatchLimits, BulkFormat, BulkStream, ChangeLog, Fed, LogState, Proof, Range, Selection, Snapshot, Source, SourceIdentity,
 };
 use sluice::engine::structure::SequenceValue;
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
@@ -180,6 +180,10 @@ impl Source for SimSource {
 
     async fn fed(&self, _: &[MappedTable]) -> Result<Vec<Fed>> {
         Ok(Vec::new())
+    }
+
+    async fn take<P: Proof>(&self, claim: &mut P) -> Result<()> {
+        claim.prove().await
     }
 
     async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {

@@ -5,7 +5,7 @@ use crate::support::eventually;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use sluice::worker::contract::{BODY_LIMIT, Failure, Notice, Phase, Status};
+use sluice::worker::contract::{BODY_LIMIT, Failure, Notice, Phase, Retention, Status};
 use sluice::worker::supervise::Exit;
 use sluice::worker::token::{SigningKey, sign};
 use std::net::SocketAddr;
@@ -170,8 +170,15 @@ fn the_status_document_is_as_written_down() {
         apply_mode: Some("Replica".to_owned()),
         waiting: Some("pid 7".to_owned()),
         log_memory_bytes: Some(1),
+        log_memory_limit_bytes: Some(4),
         spill_bytes: Some(2),
         spill_limit_bytes: Some(3),
+        retention: Some(Retention {
+            slot_exists: true,
+            retained_bytes: Some(5),
+            wal_status: Some("extended".to_owned()),
+            safe_wal_size: Some(-1),
+        }),
         notice: Some(Notice { reason: "SpillFull".to_owned(), message: "no room".to_owned() }),
         error: Some(Failure {
             class: "Retry".to_owned(),
@@ -187,7 +194,8 @@ fn the_status_document_is_as_written_down() {
         "received": "0/30", "applied": "0/20", "confirmed": "0/10", "lagBytes": 16, "lagSeconds": 1, "latencyP50Milliseconds": 4, "latencyP99Milliseconds": 12,
         "tables": {"Ready": 1, "Error": 1}, "tableErrors": {"public.log": "LeftPublication"},
         "rowsCopied": 10, "rowsToCopy": 20, "rowsStreamed": 30, "snapshotCompleted": true, "streaming": false,
-        "applyMode": "Replica", "waiting": "pid 7", "logMemoryBytes": 1, "spillBytes": 2, "spillLimitBytes": 3,
+        "applyMode": "Replica", "waiting": "pid 7", "logMemoryBytes": 1, "logMemoryLimitBytes": 4, "spillBytes": 2, "spillLimitBytes": 3,
+        "retention": {"slotExists": true, "retainedBytes": 5, "walStatus": "extended", "safeWalSize": -1},
         "notice": {"reason": "SpillFull", "message": "no room"},
         "error": {"class": "Retry", "reason": "SourceUnreachable", "message": "no route", "count": 2, "retryInSeconds": 4},
     });

@@ -1,4 +1,4 @@
-//! The worker as the operator sees it: real HTTP on loopback, real files, real signals; sessions are fakes.
+//! The worker as the operator sees it: real HTTP on loopback, real files, real signals; sessions are fakes, but in suspended.rs.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -8,3 +8,6 @@ mod documents;
 mod pod;
 mod program;
 mod sessions;
+mod suspended;
+#[path = "../support/worker.rs"]
+mod worker;

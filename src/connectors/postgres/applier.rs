@@ -21,7 +21,7 @@ use super::target::{failed, within};
 use crate::engine::batch::{Batch, Part};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::lost_task;
-use crate::engine::roles::{Applied, Apply, ApplyMode};
+use crate::engine::roles::{Applied, Apply, ApplyMode, Proof};
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use durability::Durability;
 use footprint::Footprint;
@@ -262,6 +262,13 @@ impl PostgresApplier {
             }
         }
         Ok(())
+    }
+}
+
+impl Proof for PostgresApplier {
+    async fn prove(&mut self) -> Result<()> {
+        self.usable()?;
+        within(CONTROL_LIMIT, "check the claim", self.claim.check(self.session())).await
     }
 }
 

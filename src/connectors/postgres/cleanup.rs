@@ -3,7 +3,7 @@
 use super::connect::{Side, connect};
 use super::endpoint::Endpoint;
 pub use super::slot::drop_statement;
-use super::{publication, slot};
+use super::{fence, publication, slot};
 use crate::engine::error::Result;
 
 /// What was found and dropped.
@@ -26,13 +26,15 @@ pub struct Doomed<'a> {
     pub publication: Option<&'a str>,
 }
 
-/// Drops slot and publication. A worker that still reads from the slot is ended first; somebody else's reader is not.
+/// Drops slot and publication. A worker that still sets them up or reads from the slot is ended first; somebody else's reader is
+/// not.
 ///
 /// # Errors
 /// Class `Retry` with [`crate::engine::error::reason::SLOT_IN_USE`] while somebody else reads from the slot; whatever the
 /// connection says.
 pub async fn drop_slot_and_publication(endpoint: &Endpoint, doomed: Doomed<'_>) -> Result<CleanUp> {
     let session = connect(endpoint, Side::Source, "sluice cleanup").await?;
+    fence::take_for_good(&session, doomed.slot).await?;
     // The slot first: it is what fills the source's disk.
     let slot_dropped = doomed.drop_slot && slot::drop(&session, endpoint, doomed.slot).await?;
     let publication_dropped = match doomed.publication {

@@ -12,6 +12,7 @@ pub mod ddl;
 pub mod endpoint;
 pub mod errors;
 mod fed;
+mod fence;
 mod finish;
 pub mod forget;
 pub mod inspect;

@@ -10,6 +10,7 @@ use super::replication::{CreatedSlot, ReplicationClient};
 use super::source::answer;
 use super::sql::quote_literal;
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::retention::Retention;
 use crate::engine::roles::LogState;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -49,6 +50,22 @@ struct State {
 /// [`reason::INVALID_SPEC`] when a slot of that name is of another kind or database.
 pub async fn state(session: &Session, slot: &str, database: &str) -> Result<Option<LogState<Lsn>>> {
     read(session, slot).await?.map(|state| usable(slot, &state, database).map(|()| log_state(&state))).transpose()
+}
+
+/// What is kept for the slot, for people: also for one that is not ours.
+pub async fn retention(session: &Session, slot: &str) -> Result<Retention> {
+    const RETENTION: &str = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::int8,
+            pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8, wal_status, safe_wal_size
+        FROM pg_replication_slots WHERE slot_name = $1";
+    let row = answer(Side::Source, &format!("look at slot {slot}"), session.query_opt(RETENTION, &[&slot])).await?;
+    let bytes = |bytes: Option<i64>| bytes.map(|bytes| u64::try_from(bytes).unwrap_or_default());
+    Ok(row.map_or_else(Retention::default, |row| Retention {
+        exists: true,
+        retained: bytes(row.get(0)),
+        unconfirmed: bytes(row.get(1)),
+        wal_status: row.get(2),
+        safe: row.get(3),
+    }))
 }
 
 async fn read(session: &Session, slot: &str) -> Result<Option<State>> {

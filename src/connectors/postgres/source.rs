@@ -4,22 +4,25 @@ use super::catalog;
 use super::catalog::rules::Server;
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
-use super::log::{LogConfig, PostgresLog};
+use super::log::{LogConfig, PostgresLog, StreamingPause};
 use super::lsn::Lsn;
 use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
 use super::session::UNLIMITED;
 use super::slot::NewSlot;
 use super::snapshot::PostgresSnapshot;
-use super::{errors, fed, publication, slot};
+use super::{errors, fed, fence, publication, slot};
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::roles::{BatchLimits, Fed, LogState, Selection, Source, SourceIdentity};
+use crate::engine::retention::Retention;
+use crate::engine::roles::{BatchLimits, Fed, LogState, Proof, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
 use crate::engine::structure::SequenceValue;
 use crate::engine::table::{MappedTable, QualifiedName};
 use std::future::Future;
+use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::MutexGuard;
 
 /// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -39,11 +42,42 @@ pub struct PostgresSource {
     publication: String,
     creation_limit: Duration,
     room: Room,
-    /// A session for statements, kept between them.
-    session: Mutex<Option<Session>>,
+    pause: StreamingPause,
+    /// The session for statements, kept between them.
+    session: tokio::sync::Mutex<Option<Kept>>,
+    /// The session that makes slots and then reads from the log. It has the fence's lock.
+    walsender: Mutex<Option<ReplicationClient>>,
     waiting: Mutex<Option<String>>,
     /// As [`Source::identity`] last saw it: every replication session must be on that server and timeline.
     identity: Mutex<Option<SourceIdentity>>,
+}
+
+/// A session for statements.
+struct Kept {
+    session: Session,
+    /// It has the fence's lock: what changes the source may run on it.
+    fenced: bool,
+}
+
+/// The session for statements while it is used. It is put back with [`Self::keep`] after success only: whatever was left open
+/// on it by an error or a future that was dropped goes with it.
+struct Borrowed<'a> {
+    place: MutexGuard<'a, Option<Kept>>,
+    kept: Kept,
+}
+
+impl Borrowed<'_> {
+    fn keep(mut self) {
+        *self.place = Some(self.kept);
+    }
+}
+
+impl Deref for Borrowed<'_> {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        &self.kept.session
+    }
 }
 
 impl PostgresSource {
@@ -56,7 +90,9 @@ impl PostgresSource {
             publication: publication.into(),
             creation_limit: CREATION_LIMIT,
             room: Room::in_memory(MEMORY),
-            session: Mutex::default(),
+            pause: StreamingPause::default(),
+            session: tokio::sync::Mutex::default(),
+            walsender: Mutex::default(),
             waiting: Mutex::default(),
             identity: Mutex::default(),
         }
@@ -76,18 +112,29 @@ impl PostgresSource {
         self
     }
 
-    /// The kept session or a new one. It is put back with [`Self::keep`] after success only: whatever was left open on it by an
-    /// error or a future that was dropped goes with it.
-    async fn session(&self) -> Result<Session> {
-        let kept = guard(&self.session).take().filter(|session| !session.is_closed());
-        match kept {
-            Some(session) => Ok(session),
-            None => connect(&self.endpoint, Side::Source, APPLICATION_NAME).await,
-        }
+    /// The same with what earlier sources of this stream know of pauses of streaming; nothing otherwise.
+    #[must_use]
+    pub fn with_streaming_pause(mut self, pause: StreamingPause) -> Self {
+        self.pause = pause;
+        self
     }
 
-    fn keep(&self, session: Session) {
-        *guard(&self.session) = Some(session);
+    /// The kept session or a new one, for what changes nothing.
+    async fn session(&self) -> Result<Borrowed<'_>> {
+        let mut place = self.session.lock().await;
+        let kept = match place.take().filter(|kept| !kept.session.is_closed()) {
+            Some(kept) => kept,
+            None => Kept { session: connect(&self.endpoint, Side::Source, APPLICATION_NAME).await?, fenced: false },
+        };
+        Ok(Borrowed { place, kept })
+    }
+
+    /// The session that has the fence's lock, for what changes the source. Never another one: whoever has the lock now may be
+    /// changing it too.
+    async fn fenced(&self) -> Result<Borrowed<'_>> {
+        let mut place = self.session.lock().await;
+        let kept = place.take().filter(|kept| kept.fenced && !kept.session.is_closed());
+        kept.map(|kept| Borrowed { place, kept }).ok_or_else(|| not_taken("statements"))
     }
 
     /// A replication session on the server that was seen last.
@@ -102,16 +149,19 @@ impl PostgresSource {
 
     /// Makes a slot and takes its snapshot over, so that the replication session is free.
     async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
-        let mut client = self.replication().await?;
-        client.simple_query(UNLIMITED).await?;
+        let mut client = guard(&self.walsender).take().ok_or_else(|| not_taken("slots"))?;
         let observer = self.session().await?;
         let new = NewSlot { name, temporary, limit: self.creation_limit };
         let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;
-        self.keep(observer);
+        observer.keep();
         let snapshot = PostgresSnapshot::import(&self.endpoint, APPLICATION_NAME, created.consistent_point, &created.snapshot_name).await?;
+        // Any command ends the transaction that the snapshot was exported from.
         if temporary {
             client.drop_slot(name).await?;
+        } else {
+            client.simple_query("SELECT").await?;
         }
+        *guard(&self.walsender) = Some(client);
         Ok(snapshot)
     }
 
@@ -145,7 +195,7 @@ impl Source for PostgresSource {
             FROM pg_control_system()";
         let session = self.session().await?;
         let row = answer(Side::Source, "identify the server", session.query_one(IDENTITY, &[])).await?;
-        self.keep(session);
+        session.keep();
         let (version, is_standby): (i32, bool) = (row.get(0), row.get(1));
         if version < OLDEST_VERSION {
             let message = format!("the source is PostgreSQL {}; 14 is the oldest that can be read", version / 10_000);
@@ -164,22 +214,41 @@ impl Source for PostgresSource {
         let session = self.session().await?;
         let server = server(&session).await?;
         let tables = catalog::tables(&session, &server, selection).await?;
-        self.keep(session);
+        session.keep();
         Ok(tables)
     }
 
     async fn fed(&self, tables: &[MappedTable]) -> Result<Vec<Fed>> {
         let session = self.session().await?;
         let fed = fed::fed(&session, tables).await?;
-        self.keep(session);
+        session.keep();
         Ok(fed)
     }
 
+    async fn take<P: Proof>(&self, claim: &mut P) -> Result<()> {
+        let walsender = async {
+            let kept = guard(&self.walsender).take();
+            match kept {
+                Some(client) => Ok(client),
+                None => {
+                    let mut client = self.replication().await?;
+                    client.simple_query(UNLIMITED).await.map(|_| client)
+                }
+            }
+        };
+        let (mut session, mut client) = futures::future::try_join(self.session(), walsender).await?;
+        fence::take(&session, &mut client, &self.slot, claim).await?;
+        session.kept.fenced = true;
+        session.keep();
+        *guard(&self.walsender) = Some(client);
+        Ok(())
+    }
+
     async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {
-        let session = self.session().await?;
+        let session = self.fenced().await?;
         let server = server(&session).await?;
         publication::publish(&session, &server, &self.publication, &self.slot, tables, present).await?;
-        self.keep(session);
+        session.keep();
         Ok(())
     }
 
@@ -187,14 +256,14 @@ impl Source for PostgresSource {
         let session = self.session().await?;
         let server = server(&session).await?;
         let published = publication::published(&session, &server, &self.publication).await?;
-        self.keep(session);
+        session.keep();
         Ok(published)
     }
 
     async fn log_state(&self) -> Result<Option<LogState<Lsn>>> {
         let session = self.session().await?;
         let state = slot::state(&session, &self.slot, &self.endpoint.database).await?;
-        self.keep(session);
+        session.keep();
         Ok(state)
     }
 
@@ -203,9 +272,9 @@ impl Source for PostgresSource {
     }
 
     async fn drop_log(&self) -> Result<()> {
-        let session = self.session().await?;
+        let session = self.fenced().await?;
         slot::drop(&session, &self.endpoint, &self.slot).await?;
-        self.keep(session);
+        session.keep();
         Ok(())
     }
 
@@ -215,12 +284,12 @@ impl Source for PostgresSource {
     }
 
     async fn open(&self, from: &Lsn, tables: &[MappedTable], limits: BatchLimits) -> Result<PostgresLog> {
-        let client = self.replication().await?;
-        let session = self.session().await?;
+        // Fenced, since a reader may be ended: an old worker's, never a successor's.
+        let session = self.fenced().await?;
         self.check_position(&session, *from).await?;
-        // The claim on the target was made before: an old worker that may still be there can't write any more.
+        let client = guard(&self.walsender).take().ok_or_else(|| not_taken("slots"))?;
         slot::release(&session, &self.endpoint, &self.slot).await?;
-        self.keep(session);
+        session.keep();
         let config = LogConfig {
             endpoint: self.endpoint.clone(),
             slot: self.slot.clone(),
@@ -229,6 +298,7 @@ impl Source for PostgresSource {
             binary: binary_allowed(tables),
             limits,
             room: self.room.clone(),
+            pause: self.pause.clone(),
         };
         PostgresLog::start(client, config, *from).await
     }
@@ -249,7 +319,7 @@ impl Source for PostgresSource {
     async fn head(&self) -> Result<Lsn> {
         let session = self.session().await?;
         let row = answer(Side::Source, "ask for the end of the log", session.query_one("SELECT pg_current_wal_lsn()::text", &[])).await?;
-        self.keep(session);
+        session.keep();
         row.get::<_, &str>(0).parse().map_err(|error| Error::bug(format!("the end of the log: {error}")))
     }
 
@@ -259,20 +329,32 @@ impl Source for PostgresSource {
             format!("BEGIN; SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, '{MESSAGE_PREFIX}', ''); COMMIT");
         let session = self.session().await?;
         answer(Side::Source, "write a marker", session.batch_execute(&mark)).await?;
-        self.keep(session);
+        session.keep();
         Ok(())
     }
 
     async fn sequence_values(&self, table: &MappedTable) -> Result<Vec<SequenceValue>> {
         let session = self.session().await?;
         let values = catalog::structure::sequence_values(&session, table).await?;
-        self.keep(session);
+        session.keep();
         Ok(values)
+    }
+
+    async fn retention(&self) -> Result<Option<Retention>> {
+        let session = self.session().await?;
+        let retention = slot::retention(&session, &self.slot).await?;
+        session.keep();
+        Ok(Some(retention))
     }
 
     fn waiting(&self) -> Option<String> {
         guard(&self.waiting).clone()
     }
+}
+
+/// What changes the source would not be fenced. The next session claims and takes the source again.
+fn not_taken(what: &str) -> Error {
+    Error::retry(reason::SOURCE_UNREACHABLE, format!("the session that has taken the source for {what} is gone"))
 }
 
 /// Where the history file says that a timeline was left: lines of timeline, position, reason (manual: "Timelines").

@@ -11,27 +11,27 @@ mod release;
 mod report;
 
 use super::apply::{self, Object};
+use super::cache::{Caches, Wake, Watched, any_change, beyond_status};
 use super::context::Context;
 use super::databases::{self, Databases};
 use super::error::{ErrorClass, Result};
 use super::reconcile;
 use super::shutdown::Shutdown;
-use super::watch::{Watchable, any_change, beyond_status};
+use super::slim::SlimMirror;
+use super::watch::Watchable;
 use crate::connectors::postgres::connect::Side;
 use crate::resources::conditions::reason;
 use crate::resources::names::is_paused;
-use crate::resources::{Connection, ConnectionStatus, LocalRef, Mirror, Source, Target};
+use crate::resources::{Connection, LocalRef, Source, Target};
 use inspections::{Inspections, pace_of_missing};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::controller::{Action, Controller};
+use kube::runtime::controller::Action;
 use kube::runtime::reflector::{ObjectRef, Store};
-use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
 pub use policy::DeletionPolicy;
 use release::{Releases, Use};
 use report::{Failure, Observation, Outcome, Report};
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -40,7 +40,7 @@ use tokio::task::JoinSet;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A kind that this controller serves.
-pub trait Kind: Object + Watchable + Connection + Serialize {
+pub trait Kind: Object + Watchable + Connection {
     /// Which end of a Mirror it is.
     const SIDE: Side;
     /// Name of the controller in logs and metrics.
@@ -49,6 +49,12 @@ pub trait Kind: Object + Watchable + Connection + Serialize {
     const KIND: &'static str;
     /// Field of a Mirror that refers to it.
     const REFERENCE: &'static str;
+
+    /// What that field holds.
+    fn of(mirror: &SlimMirror) -> &LocalRef;
+
+    /// The cache of this kind.
+    fn cache(caches: &mut Caches) -> &mut Watched<Self>;
 }
 
 impl Kind for Source {
@@ -56,6 +62,14 @@ impl Kind for Source {
     const CONTROLLER: &'static str = "source";
     const KIND: &'static str = "Source";
     const REFERENCE: &'static str = "spec.sourceRef.name";
+
+    fn of(mirror: &SlimMirror) -> &LocalRef {
+        &mirror.spec.source_ref
+    }
+
+    fn cache(caches: &mut Caches) -> &mut Watched<Self> {
+        &mut caches.sources
+    }
 }
 
 impl Kind for Target {
@@ -63,6 +77,14 @@ impl Kind for Target {
     const CONTROLLER: &'static str = "target";
     const KIND: &'static str = "Target";
     const REFERENCE: &'static str = "spec.targetRef.name";
+
+    fn of(mirror: &SlimMirror) -> &LocalRef {
+        &mirror.spec.target_ref
+    }
+
+    fn cache(caches: &mut Caches) -> &mut Watched<Self> {
+        &mut caches.targets
+    }
 }
 
 /// What a pass needs beside the context.
@@ -72,44 +94,21 @@ struct Shared {
     policy: DeletionPolicy,
 }
 
-/// What is read of a Mirror: what it refers to. Never written back.
-#[derive(Resource, Clone, Debug, Deserialize)]
-#[resource(inherit = "Mirror")]
-struct SlimMirror {
-    metadata: ObjectMeta,
-    spec: References,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct References {
-    source_ref: LocalRef,
-    target_ref: LocalRef,
-}
-
-impl References {
-    fn name(&self, side: Side) -> &str {
-        match side {
-            Side::Source => &self.source_ref.name,
-            Side::Target => &self.target_ref.name,
-        }
-    }
-}
-
 /// Starts the controllers of Source and Target; they end when `shutdown` is cancelled, after their running passes.
-pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, databases: Arc<dyn Databases>) {
+pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, caches: &mut Caches, databases: Arc<dyn Databases>) {
     let shared =
         Arc::new(Shared { inspections: Inspections::new(databases), releases: Releases::default(), policy: DeletionPolicy::default() });
-    control::<Source>(tasks, ctx, shutdown, &shared);
-    control::<Target>(tasks, ctx, shutdown, &shared);
+    control::<Source>(tasks, ctx, shutdown, caches, &shared);
+    control::<Target>(tasks, ctx, shutdown, caches, &shared);
 }
 
-fn control<K: Kind>(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, shared: &Arc<Shared>) {
-    let objects = ctx.watch::<K>(&watcher::Config::default());
-    let mirrors = ctx.watch::<SlimMirror>(&watcher::Config::default());
+fn control<K: Kind>(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, caches: &mut Caches, shared: &Arc<Shared>) {
+    let wake = Wake::default();
+    let objects = K::cache(caches);
+    objects.wake(&wake, beyond_status(), |object| [ObjectRef::from_obj(object)]);
     let (store, known) = (objects.store.clone(), objects.store.clone());
-    let controller = Controller::for_stream(objects.only(beyond_status()), store.clone())
-        .watches_stream(mirrors.only(any_change()), move |mirror| released_by(&mirror, &known));
+    caches.mirrors.wake(&wake, any_change(), move |mirror| released_by(mirror, &known));
+    let controller = reconcile::controller(store.clone(), &wake);
     let shared = shared.clone();
     let pass = move |object: Arc<K>, ctx: Arc<Context>| {
         let shared = shared.clone();
@@ -125,7 +124,7 @@ fn is_ready<K: Kind>(object: &K) -> bool {
 
 /// The object that a change of `mirror` may set free: one of both is being deleted.
 fn released_by<K: Kind>(mirror: &SlimMirror, known: &Store<K>) -> Option<ObjectRef<K>> {
-    let object = ObjectRef::new(mirror.spec.name(K::SIDE)).within(&mirror.namespace()?);
+    let object = ObjectRef::new(&K::of(mirror).name).within(&mirror.namespace()?);
     let ends = |meta: &ObjectMeta| meta.deletion_timestamp.is_some();
     (ends(mirror.meta()) || known.get(&object).is_some_and(|object| ends(object.meta()))).then_some(object)
 }
@@ -135,7 +134,8 @@ async fn reconcile<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Resul
     let old = object.connection_status().cloned().unwrap_or_default();
     let is_deleting = object.meta().deletion_timestamp.is_some();
     if is_paused(object.meta()) && !is_deleting {
-        apply::patch_status(ctx, object, &report::paused(&old, object.meta().generation, Timestamp::now())).await?;
+        apply::patch_status(ctx, object, object.connection_status(), &report::paused(&old, object.meta().generation, Timestamp::now()))
+            .await?;
         return Ok(Action::await_change());
     }
     let Use { users, protected } = shared.releases.release_unless_used(ctx, object).await?;
@@ -190,7 +190,7 @@ async fn protection<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Opti
 /// Writes the status; when that said something new, events tell of it.
 async fn tell<K: Kind>(object: &K, ctx: &Context, report: Report) -> Result<()> {
     let Report { status, news } = report;
-    if !apply::patch_status::<K, ConnectionStatus>(ctx, object, &status).await? {
+    if !apply::patch_status(ctx, object, object.connection_status(), &status).await? {
         return Ok(());
     }
     let regarding = object.object_ref(&());

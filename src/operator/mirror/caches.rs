@@ -1,11 +1,12 @@
-//! What the watches of this controller keep in memory.
+//! What this controller reads from the caches.
 
 use super::peer::Peer;
 use super::plan;
 use super::sharing::is_same_server;
-use crate::operator::watch::{SlimDeployment, SlimPod};
+use crate::operator::cache;
+use crate::operator::slim::{SlimDeployment, SlimMirror, SlimPod};
 use crate::resources::names::{MIRROR_FINALIZER, MIRROR_LABEL, MIRROR_UID_LABEL, has_finalizer};
-use crate::resources::{LocalRef, Mirror, Source, Target};
+use crate::resources::{LocalRef, Source, Target};
 use kube::ResourceExt as _;
 use kube::runtime::reflector::store::WriterDropped;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -14,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The caches, to be read after [`Caches::filled`].
 pub struct Caches {
-    /// Mirrors.
-    pub mirrors: Store<Mirror>,
+    /// Mirrors without their tables.
+    pub mirrors: Store<SlimMirror>,
     /// Sources.
     pub sources: Store<Source>,
     /// Targets.
@@ -29,6 +30,18 @@ pub struct Caches {
 }
 
 impl Caches {
+    /// Readers of the caches that all controllers share.
+    pub fn of(shared: &cache::Caches) -> Self {
+        Self {
+            mirrors: shared.mirrors.store.clone(),
+            sources: shared.sources.store.clone(),
+            targets: shared.targets.store.clone(),
+            deployments: shared.deployments.store.clone(),
+            pods: shared.pods.store.clone(),
+            pod_names: Arc::default(),
+        }
+    }
+
     /// Waits until all have been filled once.
     ///
     /// # Errors
@@ -42,34 +55,34 @@ impl Caches {
     }
 
     /// The Mirror's Source.
-    pub fn source(&self, mirror: &Mirror) -> Option<Arc<Source>> {
+    pub fn source(&self, mirror: &SlimMirror) -> Option<Arc<Source>> {
         self.sources.get(&ObjectRef::new(&mirror.spec.source_ref.name).within(plan::namespace(mirror)))
     }
 
     /// The Mirror's Target.
-    pub fn target(&self, mirror: &Mirror) -> Option<Arc<Target>> {
+    pub fn target(&self, mirror: &SlimMirror) -> Option<Arc<Target>> {
         self.targets.get(&ObjectRef::new(&mirror.spec.target_ref.name).within(plan::namespace(mirror)))
     }
 
     /// Another Mirror, of any namespace, that names the same slot of the same server and that `counts`. Names made from uids are not
     /// looked for.
-    pub fn namesake(&self, mirror: &Mirror, counts: impl Fn(&Mirror) -> bool) -> Option<Arc<Mirror>> {
+    pub fn namesake(&self, mirror: &SlimMirror, counts: impl Fn(&SlimMirror) -> bool) -> Option<Arc<SlimMirror>> {
         let slot = mirror.spec.slot_name.as_ref()?;
         let own = Peer::from(self.source(mirror)?.as_ref());
-        let is_another = |other: &Mirror| other.spec.slot_name.as_ref() == Some(slot) && other.metadata.uid != mirror.metadata.uid;
-        let on_server = |other: &Mirror| self.source(other).is_some_and(|source| is_same_server(&own, &Peer::from(source.as_ref())));
+        let is_another = |other: &SlimMirror| other.spec.slot_name.as_ref() == Some(slot) && other.metadata.uid != mirror.metadata.uid;
+        let on_server = |other: &SlimMirror| self.source(other).is_some_and(|source| is_same_server(&own, &Peer::from(source.as_ref())));
         self.mirrors.state().into_iter().find(|other| is_another(other) && counts(other) && on_server(other))
     }
 
     /// The Deployment that belongs to this very Mirror.
-    pub fn deployment(&self, mirror: &Mirror) -> Option<Arc<SlimDeployment>> {
+    pub fn deployment(&self, mirror: &SlimMirror) -> Option<Arc<SlimDeployment>> {
         let name = crate::resources::names::worker_name(plan::name(mirror));
         let found = self.deployments.get(&ObjectRef::new(&name).within(plan::namespace(mirror)))?;
         plan::is_owned(&found.metadata, mirror).then_some(found)
     }
 
     /// The pods of this very Mirror.
-    pub fn pods(&self, mirror: &Mirror) -> Vec<Arc<SlimPod>> {
+    pub fn pods(&self, mirror: &SlimMirror) -> Vec<Arc<SlimPod>> {
         let of_this = |pod: &Arc<SlimPod>| pod.labels().get(MIRROR_UID_LABEL).is_some_and(|uid| uid == plan::uid(mirror));
         let mut pods = self.pod_names.of(plan::namespace(mirror), plan::name(mirror), &self.pods);
         pods.retain(of_this);
@@ -85,7 +98,7 @@ pub struct PodNames {
 
 impl PodNames {
     /// Notes a pod that was added, changed or deleted, and says whose it is.
-    pub fn note(&self, pod: &SlimPod) -> Option<ObjectRef<Mirror>> {
+    pub fn note(&self, pod: &SlimPod) -> Option<ObjectRef<SlimMirror>> {
         let (namespace, mirror) = (pod.namespace()?, pod.labels().get(MIRROR_LABEL)?.clone());
         let mirror_ref = ObjectRef::new(&mirror).within(&namespace);
         let mut all = self.by_mirror.lock().unwrap_or_else(PoisonError::into_inner);
@@ -108,18 +121,23 @@ impl PodNames {
 }
 
 /// The Mirrors of a namespace that refer to `name`.
-pub fn users(mirrors: &Store<Mirror>, namespace: Option<&str>, name: &str, of: fn(&Mirror) -> &LocalRef) -> Vec<ObjectRef<Mirror>> {
+pub fn users(
+    mirrors: &Store<SlimMirror>,
+    namespace: Option<&str>,
+    name: &str,
+    of: fn(&SlimMirror) -> &LocalRef,
+) -> Vec<ObjectRef<SlimMirror>> {
     let all = mirrors.state().into_iter();
     all.filter(|mirror| mirror.metadata.namespace.as_deref() == namespace && of(mirror).name == name)
         .map(|mirror| ObjectRef::from_obj(mirror.as_ref()))
         .collect()
 }
 
-/// Mirrors that may have waited for the slot of `gone`: those that name it and have not been set up. None while it is still there.
-pub fn waiting_for(mirrors: &Store<Mirror>, gone: &Mirror) -> Vec<ObjectRef<Mirror>> {
-    if gone.spec.slot_name.is_none() || mirrors.get(&ObjectRef::from_obj(gone)).is_some() {
+/// Mirrors that may have waited for the slot of `gone`: those that name it and have not been set up.
+pub fn waiting_for(mirrors: &Store<SlimMirror>, gone: &SlimMirror) -> Vec<ObjectRef<SlimMirror>> {
+    if gone.spec.slot_name.is_none() {
         return vec![];
     }
-    let waits = |other: &Mirror| other.spec.slot_name == gone.spec.slot_name && !has_finalizer(&other.metadata, MIRROR_FINALIZER);
+    let waits = |other: &SlimMirror| other.spec.slot_name == gone.spec.slot_name && !has_finalizer(&other.metadata, MIRROR_FINALIZER);
     mirrors.state().iter().filter(|other| waits(other)).map(|other| ObjectRef::from_obj(other.as_ref())).collect()
 }

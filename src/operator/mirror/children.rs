@@ -1,7 +1,7 @@
 //! Writes for a Mirror: finalizers on what deletion will need, ConfigMap, Deployment, NetworkPolicy, and the push of a hot change.
 
 use super::controller::Mirrors;
-use super::intent::Intent;
+use super::intent::{Basis, Intent};
 use super::observe::{Observed, is_stuck};
 use super::peer::{Peer, Side};
 use super::plan;
@@ -13,14 +13,15 @@ use crate::operator::apply::{self, Object};
 use crate::operator::databases;
 use crate::operator::error::{ErrorClass, OperatorError, Result};
 use crate::operator::poller::Polled;
-use crate::operator::watch::SlimDeployment;
+use crate::operator::slim::{SlimDeployment, SlimMirror};
 use crate::resources::names::{IN_USE_FINALIZER, MANAGED_BY, MANAGED_BY_LABEL, MIRROR_FINALIZER, TOUCHED, has_finalizer, worker_name};
-use crate::resources::{Connection, Mirror, UpdatePolicy};
+use crate::resources::{Connection, UpdatePolicy};
 use crate::worker::contract::{Desired, Phase};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::core::PartialObjectMeta;
 use kube::{Api, ResourceExt as _};
@@ -48,17 +49,21 @@ impl Mirrors {
     ///
     /// # Errors
     /// As the API server answers, but for what it refuses: that is the Mirror's problem.
-    pub async fn apply(&self, mirror: &Mirror, intent: &Intent, live: &LiveChildren) -> Result<Applied> {
-        let Some(desired) = &intent.desired else { return Ok(Applied::default()) };
-        let mut applied = Applied::default();
+    pub async fn apply(&self, mirror: &SlimMirror, decision: &Decided, around: &Around) -> Result<Applied> {
+        let (intent, mut applied) = (&decision.intent, Applied::default());
+        if intent.told.is_none() {
+            return Ok(applied);
+        }
         if intent.deploy {
             self.hold(mirror).await?;
             self.protect_network(plan::namespace(mirror)).await?;
         }
         let written = async {
-            applied.document_changed = self.apply_document(mirror, desired, live).await?;
+            if let Some(desired) = &intent.desired {
+                applied.document_changed = self.apply_document(mirror, desired, decision.config_map.as_ref()).await?;
+            }
             if intent.deploy {
-                applied.waits_for_turn = self.apply_deployment(mirror, intent, live).await?;
+                applied.waits_for_turn = self.apply_deployment(mirror, intent, around).await?;
             }
             Ok::<_, OperatorError>(())
         };
@@ -72,7 +77,7 @@ impl Mirrors {
     }
 
     /// Keeps what the clean-up of this Mirror will need.
-    async fn hold(&self, mirror: &Mirror) -> Result<()> {
+    async fn hold(&self, mirror: &SlimMirror) -> Result<()> {
         let ctx = &self.ctx;
         if !has_finalizer(&mirror.metadata, MIRROR_FINALIZER) {
             let _rights = ctx.bindings.hold(ctx, plan::namespace(mirror)).await?;
@@ -142,23 +147,22 @@ impl Mirrors {
     }
 
     /// Returns whether the document was written.
-    async fn apply_document(&self, mirror: &Mirror, desired: &Desired, live: &LiveChildren) -> Result<bool> {
+    async fn apply_document(&self, mirror: &SlimMirror, desired: &Desired, live: Option<&ObjectMeta>) -> Result<bool> {
         let planned =
             plan::config_map(mirror, desired).map_err(|error| OperatorError::new(ErrorClass::Bug, "InternalError", error.to_string()))?;
-        let map = live.config_map.as_ref().map(|map| &map.metadata);
-        self.make_room::<ConfigMap>(mirror, map).await?;
-        apply::apply_if_changed(&self.ctx, &planned, map).await
+        self.make_room::<ConfigMap>(mirror, live).await?;
+        apply::apply_if_changed(&self.ctx, &planned, live).await
     }
 
     /// Returns whether a new release waits for its turn.
-    async fn apply_deployment(&self, mirror: &Mirror, intent: &Intent, live: &LiveChildren) -> Result<bool> {
-        let (Some(source), Some(target)) = (&live.source, &live.target) else { return Ok(false) };
+    async fn apply_deployment(&self, mirror: &SlimMirror, intent: &Intent, around: &Around) -> Result<bool> {
+        let (Some(source), Some(target)) = (&around.source, &around.target) else { return Ok(false) };
         let image = plan::Image::of(mirror, &self.ctx.options);
         let planned = plan::deployment(mirror, source, target, &image, &self.ctx.options.release);
-        let seen = live.deployment.as_ref().map(|deployment| &deployment.metadata);
+        let seen = around.deployment.as_ref().map(|deployment| &deployment.metadata);
         let policy = mirror.spec.worker.as_ref().map(|worker| worker.update_policy).unwrap_or_default();
-        // Of a worker that can't even start nothing is lost: a corrected image reaches it without further ado.
-        let is_free = intent.resumes || is_stuck(&self.caches.pods(mirror));
+        // Of a worker that can't start, or ends whenever it does, nothing is lost: a corrected image reaches it without further ado.
+        let is_free = intent.resumes || is_stuck(&self.caches.pods(mirror), Timestamp::now());
         match rollout::decide(seen, &planned, is_free, policy) {
             Decision::Keep => return Ok(false),
             Decision::Roll if !self.may_roll(mirror) => return Ok(true),
@@ -175,7 +179,7 @@ impl Mirrors {
     }
 
     /// Takes away what an earlier Mirror of the same name has left, and refuses to touch what is not ours.
-    async fn make_room<K: Object>(&self, mirror: &Mirror, there: Option<&ObjectMeta>) -> Result<()> {
+    async fn make_room<K: Object>(&self, mirror: &SlimMirror, there: Option<&ObjectMeta>) -> Result<()> {
         let Some(there) = there.filter(|there| !plan::is_owned(there, mirror)) else { return Ok(()) };
         let (kind, name) = (K::kind(&()), there.name.as_deref().unwrap_or_default());
         if plan::owner_uid(there).is_none() {
@@ -187,9 +191,10 @@ impl Mirrors {
         Err(OperatorError::new(ErrorClass::Transient, "ChildOfEarlierMirror", message))
     }
 
-    fn may_roll(&self, mirror: &Mirror) -> bool {
-        let source = |mirror: &Mirror| format!("{}/{}", plan::namespace(mirror), mirror.spec.source_ref.name);
-        let immediate = |mirror: &Mirror| mirror.spec.worker.as_ref().is_some_and(|worker| worker.update_policy == UpdatePolicy::Immediate);
+    fn may_roll(&self, mirror: &SlimMirror) -> bool {
+        let source = |mirror: &SlimMirror| format!("{}/{}", plan::namespace(mirror), mirror.spec.source_ref.name);
+        let immediate =
+            |mirror: &SlimMirror| mirror.spec.worker.as_ref().is_some_and(|worker| worker.update_policy == UpdatePolicy::Immediate);
         let all = self.caches.mirrors.state();
         let others: Vec<_> = all
             .iter()
@@ -201,7 +206,7 @@ impl Mirrors {
     }
 
     /// How a worker does; `None` when there is none.
-    fn condition(&self, mirror: &Mirror) -> Option<Condition> {
+    fn condition(&self, mirror: &SlimMirror) -> Option<Condition> {
         let deployment = self.caches.deployment(mirror)?;
         if !is_settled(&deployment) {
             return Some(Condition::Unsettled);
@@ -218,7 +223,7 @@ impl Mirrors {
 
     /// Tells the running worker what it shall do: by the mounted file, which the kubelet refreshes when the pod is touched, and at once
     /// by a call. Neither is needed for the other, so that neither's failure is one of the pass.
-    pub async fn push(&self, mirror: &Mirror, desired: &Desired, observed: &Observed, touch: bool) {
+    pub async fn push(&self, mirror: &SlimMirror, desired: &Desired, observed: &Observed, touch: bool) {
         let (Some(pod), Some(address)) = (&observed.pod, &observed.address) else { return };
         let touched = async {
             if touch {
@@ -260,16 +265,33 @@ impl Mirrors {
     }
 }
 
-/// Children as they are, with what they are made for.
-pub struct LiveChildren {
-    /// Read in this pass.
-    pub config_map: Option<ConfigMap>,
-    /// From the cache.
+/// What there is around a Mirror, as caches know it.
+pub struct Around {
+    /// Of its worker.
     pub deployment: Option<std::sync::Arc<SlimDeployment>>,
     /// The Source.
     pub source: Option<Peer>,
     /// The Target.
     pub target: Option<Peer>,
+    /// Generation of the document that the worker says is in effect; 0 when unknown.
+    pub in_effect: i64,
+}
+
+/// What was decided.
+pub struct Decided {
+    /// What is to be done.
+    pub intent: Intent,
+    /// On what it rests, when it was decided in this pass.
+    pub basis: Option<Basis>,
+    /// The ConfigMap as it was read in this pass.
+    pub config_map: Option<ObjectMeta>,
+}
+
+impl Decided {
+    /// One for which nothing had to be read.
+    pub fn of(intent: Intent) -> Self {
+        Self { intent, basis: None, config_map: None }
+    }
 }
 
 /// What is on its way out takes no finalizer any more, and needs none when it has ours. Returns whether it had to be added.

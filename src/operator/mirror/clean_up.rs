@@ -12,8 +12,7 @@ use crate::operator::apply;
 use crate::operator::databases::Leftovers;
 use crate::operator::error::{ErrorClass, OperatorError, Result, chain};
 use crate::operator::events::EventKind;
-use crate::operator::watch::SlimPod;
-use crate::resources::Mirror;
+use crate::operator::slim::{SlimMirror, SlimPod};
 use crate::resources::conditions::reason;
 use crate::resources::names::{MIRROR_FINALIZER, MIRROR_LABEL, MIRROR_UID_LABEL, has_finalizer, is_deletion_forced, worker_name};
 use crate::worker::contract::{DESIRED_FILE, Desired, MirrorId};
@@ -51,7 +50,7 @@ impl Mirrors {
     ///
     /// # Errors
     /// As the API server answers; what fails on the source is the Mirror's trouble and shown there.
-    pub(super) async fn delete(&self, mirror: &Mirror) -> Result<Action> {
+    pub(super) async fn delete(&self, mirror: &SlimMirror) -> Result<Action> {
         self.ctx.poller.unregister(plan::uid(mirror));
         if !has_finalizer(&mirror.metadata, MIRROR_FINALIZER) {
             return Ok(Action::await_change());
@@ -77,7 +76,7 @@ impl Mirrors {
     }
 
     /// Live, since the cache may be behind and what is overlooked here would go on reading the slot.
-    async fn remains(&self, mirror: &Mirror) -> Result<Remains> {
+    async fn remains(&self, mirror: &SlimMirror) -> Result<Remains> {
         let namespace = plan::namespace(mirror);
         let deployment = apply::get::<PartialObjectMeta<Deployment>>(&self.ctx, namespace, &worker_name(plan::name(mirror))).await?;
         let labels = format!("{MIRROR_LABEL}={},{MIRROR_UID_LABEL}={}", plan::name(mirror), plan::uid(mirror));
@@ -93,7 +92,7 @@ impl Mirrors {
         })
     }
 
-    async fn stop_worker(&self, mirror: &Mirror, remains: &Remains) -> Result<Action> {
+    async fn stop_worker(&self, mirror: &SlimMirror, remains: &Remains) -> Result<Action> {
         let namespace = plan::namespace(mirror);
         if let Some(deployment) = &remains.deployment {
             apply::delete_if_exists::<Deployment>(&self.ctx, namespace, &worker_name(plan::name(mirror)), deployment.uid.as_deref())
@@ -108,9 +107,9 @@ impl Mirrors {
         Ok(Action::requeue(SOON))
     }
 
-    async fn clean_up(&self, mirror: &Mirror, leftovers: &Leftovers) -> Result<Action> {
+    async fn clean_up(&self, mirror: &SlimMirror, leftovers: &Leftovers) -> Result<Action> {
         // Two that were set up at the same moment: the one that stays keeps what both name.
-        let stays = |other: &Mirror| other.metadata.deletion_timestamp.is_none() && has_finalizer(&other.metadata, MIRROR_FINALIZER);
+        let stays = |other: &SlimMirror| other.metadata.deletion_timestamp.is_none() && has_finalizer(&other.metadata, MIRROR_FINALIZER);
         if let Some(other) = self.caches.namesake(mirror, stays) {
             let whose = other.name_any();
             warn!(slot = leftovers.slot, whose, "the slot stays, for another Mirror names it too");
@@ -144,7 +143,7 @@ impl Mirrors {
     }
 
     /// The error is for people.
-    async fn drop_leftovers(&self, mirror: &Mirror, leftovers: &Leftovers) -> Result<(), String> {
+    async fn drop_leftovers(&self, mirror: &SlimMirror, leftovers: &Leftovers) -> Result<(), String> {
         let endpoint = self.source_endpoint(mirror).await.map_err(|error| error.to_string())?;
         match timeout(TRY, self.databases.clean_up(&endpoint, leftovers)).await {
             Ok(Ok(done)) => {
@@ -161,13 +160,13 @@ impl Mirrors {
         }
     }
 
-    async fn source_endpoint(&self, mirror: &Mirror) -> Result<Endpoint> {
+    async fn source_endpoint(&self, mirror: &SlimMirror) -> Result<Endpoint> {
         let source = self.caches.source(mirror);
         self.endpoint(Side::Source, plan::namespace(mirror), &mirror.spec.source_ref.name, source.as_deref()).await
     }
 
     /// So that another Mirror may write the same tables. A target that is gone must not hold up the deletion.
-    async fn forget_stream(&self, mirror: &Mirror, slot: &str) {
+    async fn forget_stream(&self, mirror: &SlimMirror, slot: &str) {
         let (namespace, name) = (plan::namespace(mirror), &mirror.spec.target_ref.name);
         let id = MirrorId { namespace: namespace.to_owned(), name: plan::name(mirror).to_owned(), uid: plan::uid(mirror).to_owned() };
         let forgotten = async {
@@ -183,7 +182,7 @@ impl Mirrors {
     }
 
     /// Outside the namespace, which may be gone in a moment.
-    async fn tell_what_stays(&self, mirror: &Mirror, leftovers: &Leftovers, why: &'static str) {
+    async fn tell_what_stays(&self, mirror: &SlimMirror, leftovers: &Leftovers, why: &'static str) {
         let host = self.last_host(mirror).await;
         let cause = if why == reason::CLEANUP_SKIPPED { "its deletion was forced" } else { "its source could not be cleaned up in time" };
         let statements = deletion::statements(leftovers);
@@ -201,7 +200,7 @@ impl Mirrors {
     }
 
     /// `host:port/database` of the source, from wherever it is still known.
-    async fn last_host(&self, mirror: &Mirror) -> String {
+    async fn last_host(&self, mirror: &SlimMirror) -> String {
         if let Some(source) = self.caches.source(mirror) {
             return format!("{}:{}/{}", source.spec.host, source.spec.port, source.spec.database);
         }
@@ -216,11 +215,12 @@ impl Mirrors {
         }
     }
 
-    async fn let_go(&self, mirror: &Mirror) -> Result<Action> {
+    async fn let_go(&self, mirror: &SlimMirror) -> Result<Action> {
         self.ctx.backoff.succeeded(TRIES, plan::uid(mirror));
         self.ctx.events.forget(&mirror.object_ref(&()));
         let others = self.caches.mirrors.state();
-        let is_other = |other: &Mirror| other.metadata.namespace == mirror.metadata.namespace && other.metadata.uid != mirror.metadata.uid;
+        let is_other =
+            |other: &SlimMirror| other.metadata.namespace == mirror.metadata.namespace && other.metadata.uid != mirror.metadata.uid;
         if !others.iter().any(|other| is_other(other)) {
             self.memory.forget_namespace(plan::namespace(mirror));
             self.unprotect_network(plan::namespace(mirror)).await?;
@@ -232,7 +232,7 @@ impl Mirrors {
 }
 
 /// A clock that is behind the API server's counts from zero.
-fn since_deletion(mirror: &Mirror) -> Duration {
+fn since_deletion(mirror: &SlimMirror) -> Duration {
     let begun = mirror.metadata.deletion_timestamp.as_ref().map(|time| time.0);
     let seconds = begun.map_or(0, |begun| Timestamp::now().as_second().saturating_sub(begun.as_second()));
     Duration::from_secs(u64::try_from(seconds).unwrap_or_default())

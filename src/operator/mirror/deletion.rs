@@ -4,7 +4,8 @@
 
 use crate::connectors::postgres::sql::{quote_ident, quote_literal};
 use crate::operator::databases::Leftovers;
-use crate::resources::{Mirror, Reclaim};
+use crate::operator::slim::SlimMirror;
+use crate::resources::Reclaim;
 use std::time::Duration;
 
 /// Longest wait for the end of the worker's pods; a node that is lost never tells. The slot can't be dropped while a worker reads it,
@@ -62,7 +63,7 @@ pub fn is_over(elapsed: Duration, bound: Duration) -> bool {
 }
 
 /// What the Mirror's policy wants dropped; `None` when all stays.
-pub fn leftovers(mirror: &Mirror) -> Option<Leftovers> {
+pub fn leftovers(mirror: &SlimMirror) -> Option<Leftovers> {
     let policy = mirror.spec.deletion_policy.clone().unwrap_or_default();
     let leftovers = Leftovers {
         slot: super::plan::slot(mirror),
@@ -82,7 +83,7 @@ pub fn statements(leftovers: &Leftovers) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::operator::mirror::validate::tests::mirror;
+    use crate::operator::mirror::validate::tests::slim;
     use serde_json::json;
 
     fn facts() -> Facts {
@@ -124,7 +125,7 @@ mod tests {
     #[test]
     fn the_policy_chooses_what_is_dropped() {
         let of = |policy| {
-            leftovers(&mirror(json!({"tables": [{"name": "a"}], "slotName": "s", "publicationName": "My \"P\"", "deletionPolicy": policy})))
+            leftovers(&slim(json!({"tables": [{"name": "a"}], "slotName": "s", "publicationName": "My \"P\"", "deletionPolicy": policy})))
         };
         let both = of(json!({})).expect("leftovers");
         assert_eq!(both, Leftovers { slot: "s".into(), drop_slot: true, publication: Some("My \"P\"".into()) });

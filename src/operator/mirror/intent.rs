@@ -4,25 +4,76 @@ use super::peer::{self, Peer, Side};
 use super::plan::{self, Live};
 use super::problem::Problem;
 use super::validate::validate;
-use crate::resources::Mirror;
-use crate::worker::contract::Desired;
+use crate::operator::slim::SlimMirror;
+use crate::resources::MirrorSpec;
+use crate::worker::contract::{Desired, EndpointSpec};
 
-/// What was found.
-pub struct Found<'a> {
-    /// The Source.
-    pub source: Option<&'a Peer>,
-    /// The Target.
-    pub target: Option<&'a Peer>,
-    /// What the worker was told last.
-    pub live: &'a Live,
-    /// Whether there is a worker.
-    pub exists: bool,
+/// What a decision rests on, with the generation in place of the spec. It holds as long as this is the same and nobody has changed the
+/// document that was made by it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Basis {
+    generation: Option<i64>,
+    source: End,
+    target: End,
+    exists: bool,
+    public_keys: Vec<String>,
+}
+
+/// Source or Target.
+#[derive(Clone, Debug, PartialEq)]
+struct End {
+    endpoint: Option<EndpointSpec>,
+    /// Why a new worker may not use it.
+    unusable: Option<Problem>,
+    /// Why a running one is in trouble.
+    broken: Option<Problem>,
+}
+
+impl End {
+    fn of(side: Side, name: &str, peer: Option<&Peer>) -> Self {
+        Self {
+            endpoint: peer.map(|peer| peer.endpoint.clone()),
+            unusable: peer::problem(side, name, peer),
+            broken: peer::broken(side, name, peer),
+        }
+    }
+
+    /// Where a worker finds it: as it is when that is verified, else as the worker was told `last`, else as it is all the same.
+    fn endpoint(&self, last: Option<&EndpointSpec>) -> Option<EndpointSpec> {
+        let verified = self.endpoint.as_ref().filter(|_| self.unusable.is_none());
+        verified.or(last).or(self.endpoint.as_ref()).cloned()
+    }
+}
+
+impl Basis {
+    /// From what caches hold; `exists`: whether there is a worker.
+    pub fn of(mirror: &SlimMirror, source: Option<&Peer>, target: Option<&Peer>, exists: bool, public_keys: Vec<String>) -> Self {
+        Self {
+            generation: mirror.metadata.generation,
+            source: End::of(Side::Source, &mirror.spec.source_ref.name, source),
+            target: End::of(Side::Target, &mirror.spec.target_ref.name, target),
+            exists,
+            public_keys,
+        }
+    }
+
+    /// Why no worker can be thought of yet, whatever the spec says: the first one waits until all is well.
+    pub fn blocked(&self) -> Option<Intent> {
+        let unusable = self.unusable().filter(|_| !self.exists)?;
+        Some(Intent::blocked(unusable.clone()))
+    }
+
+    fn unusable(&self) -> Option<&Problem> {
+        self.source.unusable.as_ref().or(self.target.unusable.as_ref())
+    }
 }
 
 /// What is to be done.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Intent {
-    /// What the worker shall be told; `None`: nothing new.
+    /// Generation of the document that the worker shall follow; `None`: there is none.
+    pub told: Option<i64>,
+    /// The document, but when it is known to be in effect.
     pub desired: Option<Desired>,
     /// Whether the Deployment may be made or changed.
     pub deploy: bool,
@@ -32,36 +83,41 @@ pub struct Intent {
     pub problem: Option<Problem>,
 }
 
+impl Intent {
+    /// Nothing but a problem.
+    pub fn blocked(problem: Problem) -> Self {
+        Self { problem: Some(problem), ..Self::default() }
+    }
+
+    /// What stands of it once it has been carried out.
+    pub fn carried_out(&self) -> Self {
+        Self { told: self.told, deploy: self.deploy, problem: self.problem.clone(), desired: None, resumes: false }
+    }
+}
+
 /// Decides. The first worker waits until all is well. A running one is never taken from what works: it keeps its last good spec, and the
 /// addresses of a Source or Target that is not verified; only `suspend` is followed in any case.
-pub fn intend(mirror: &Mirror, found: &Found<'_>, public_keys: Vec<String>) -> Intent {
-    let (source, target) = (&mirror.spec.source_ref.name, &mirror.spec.target_ref.name);
-    let unusable = [peer::problem(Side::Source, source, found.source), peer::problem(Side::Target, target, found.target)];
-    let broken = || peer::broken(Side::Source, source, found.source).or_else(|| peer::broken(Side::Target, target, found.target));
-    let last = found.live.document.as_ref().filter(|_| found.exists);
-    let endpoint = |peer: Option<&Peer>, unusable: bool, last: Option<_>| {
-        let verified = peer.filter(|_| !unusable).map(|peer| peer.endpoint.clone());
-        verified.or(last).or_else(|| peer.filter(|_| found.exists).map(|peer| peer.endpoint.clone()))
+pub fn intend(mirror: &SlimMirror, spec: &MirrorSpec, basis: &Basis, live: &Live) -> Intent {
+    if let Some(blocked) = basis.blocked() {
+        return blocked;
+    }
+    let last = live.document.as_ref().filter(|_| basis.exists);
+    let source = basis.source.endpoint(last.map(|last| &last.source));
+    let target = basis.target.endpoint(last.map(|last| &last.target));
+    let (Some(source), Some(target)) = (source, target) else {
+        return Intent { problem: basis.unusable().cloned(), ..Intent::default() };
     };
-    let endpoints = (
-        endpoint(found.source, unusable[0].is_some(), last.map(|last| last.source.clone())),
-        endpoint(found.target, unusable[1].is_some(), last.map(|last| last.target.clone())),
-    );
-    let usable = unusable.iter().all(Option::is_none);
-    let [first, second] = unusable;
-    let (Some(source), Some(target)) = endpoints else {
-        return Intent { desired: None, deploy: false, resumes: false, problem: first.or(second) };
+    let (document, invalid) = match validate(spec, source, target) {
+        Ok(valid) => (Some(plan::document(mirror, spec, valid, basis.public_keys.clone())), None),
+        Err(problem) => (last.map(|last| plan::last_good(spec, last, basis.public_keys.clone())), Some(problem)),
     };
-    let (document, invalid) = match validate(mirror, source, target) {
-        Ok(valid) => (Some(plan::document(mirror, &valid, public_keys)), None),
-        Err(problem) => (last.map(|last| plan::last_good(mirror, last, public_keys)), Some(problem)),
-    };
-    let desired = document.map(|document| plan::numbered(document, mirror, found.live));
+    let desired = document.map(|document| plan::numbered(document, mirror, live));
     Intent {
+        told: desired.as_ref().map(|desired| desired.generation),
         resumes: last.is_some_and(|last| last.suspend) && desired.as_ref().is_some_and(|desired| !desired.suspend),
-        deploy: usable && invalid.is_none(),
+        deploy: basis.unusable().is_none() && invalid.is_none(),
         desired,
-        problem: invalid.or_else(broken),
+        problem: invalid.or_else(|| basis.source.broken.clone()).or_else(|| basis.target.broken.clone()),
     }
 }
 
@@ -69,7 +125,8 @@ pub fn intend(mirror: &Mirror, found: &Found<'_>, public_keys: Vec<String>) -> I
 mod tests {
     use super::*;
     use crate::operator::mirror::peer::tests as peers;
-    use crate::operator::mirror::validate::tests::mirror;
+    use crate::operator::mirror::validate::tests::{mirror, slimmed};
+    use crate::resources::Mirror;
     use serde_json::json;
 
     fn source() -> Peer {
@@ -84,8 +141,12 @@ mod tests {
         mirror(json!({"tables": [{"name": "users"}]}))
     }
 
+    fn basis(mirror: &Mirror, source: Option<&Peer>, exists: bool) -> Basis {
+        Basis::of(&slimmed(mirror), source, Some(&target()), exists, vec!["key".into()])
+    }
+
     fn decide(mirror: &Mirror, source: Option<&Peer>, live: &Live, exists: bool) -> Intent {
-        intend(mirror, &Found { source, target: Some(&target()), live, exists }, vec!["key".into()])
+        intend(&slimmed(mirror), &mirror.spec, &basis(mirror, source, exists), live)
     }
 
     fn running() -> Live {
@@ -159,5 +220,32 @@ mod tests {
         assert_eq!(decide(&good(), Some(&source()), &lost, true).desired.expect("a document").generation, 6);
         assert!(decide(&good(), Some(&failing()), &lost, true).desired.is_some());
         assert!(decide(&good(), None, &lost, true).desired.is_none(), "nobody knows the address");
+    }
+    #[test]
+    fn a_decision_holds_until_something_that_it_rests_on_changes() {
+        let before = basis(&good(), Some(&source()), true);
+        let mut looked_at = peers::source();
+        looked_at.metadata.resource_version = Some("8".into());
+        looked_at.status.as_mut().expect("a status").server_version = Some("18.0".into());
+        assert_eq!(basis(&good(), Some(&Peer::from(&looked_at)), true), before, "what no worker is told");
+        let mut edited = good();
+        edited.metadata.generation = Some(4);
+        for other in [
+            basis(&edited, Some(&source()), true),
+            basis(&good(), Some(&failing()), true),
+            basis(&good(), None, true),
+            basis(&good(), Some(&source()), false),
+            Basis { public_keys: vec!["key".into(), "next".into()], ..before.clone() },
+        ] {
+            assert_ne!(other, before);
+        }
+    }
+
+    #[test]
+    fn a_decision_that_was_carried_out_says_the_same_without_the_document() {
+        let intent = decide(&good(), Some(&source()), &Live::default(), false);
+        let standing = intent.carried_out();
+        assert_eq!((standing.told, standing.deploy, &standing.problem), (Some(3), true, &None));
+        assert!(intent.desired.is_some() && standing.desired.is_none());
     }
 }

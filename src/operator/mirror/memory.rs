@@ -1,5 +1,6 @@
 //! What the leader remembers between passes. Losing it costs a few requests, never correctness.
 
+use super::intent::{Basis, Intent};
 use super::peer::Side;
 use super::rollout::Rollouts;
 use crate::connectors::postgres::Endpoint;
@@ -40,6 +41,11 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).get(key).map(|(_, value)| value.clone())
     }
 
+    /// Forgets one.
+    pub fn remove(&self, key: &K) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+
     /// Forgets what nothing refers to any more.
     pub fn retain(&self, keep: impl Fn(&K) -> bool) {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| keep(key));
@@ -58,11 +64,20 @@ pub struct Memory {
     pub held: Recent<Place, ()>,
     /// Namespaces that have the NetworkPolicy.
     pub policies: Recent<String, ()>,
+    /// What was decided for a Mirror, by its uid, and on what it rests.
+    pub decisions: Recent<String, (Basis, Intent)>,
     /// Workers that move to a new release.
     pub rollouts: Rollouts,
 }
 
 impl Memory {
+    /// What was decided for the Mirror with this uid, while that rests on the same and its document is the one `in_effect`.
+    pub fn decided(&self, uid: &str, basis: &Basis, in_effect: i64) -> Option<Intent> {
+        let uid = uid.to_owned();
+        let (was, intent) = self.decisions.last(&uid).filter(|_| self.decisions.is_fresh(&uid))?;
+        (was == *basis && intent.told.unwrap_or_default() == in_effect).then_some(intent)
+    }
+
     /// Forgets namespaces in which no Mirror is left.
     pub fn forget_namespace(&self, namespace: &str) {
         self.endpoints.retain(|(_, (of, _))| of != namespace);

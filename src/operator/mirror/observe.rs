@@ -1,9 +1,9 @@
 //! What is seen of a worker: its Deployment, its pod, and what it says itself. Pure.
 
 use crate::operator::poller::Polled;
-use crate::operator::watch::{SlimContainerStatus, SlimDeployment, SlimPod, Why};
+use crate::operator::slim::{SlimContainerStatus, SlimDeployment, SlimPod, Why};
 use crate::operator::worker_client::{WorkerError, address};
-use crate::worker::contract::{PORT, Status};
+use crate::worker::contract::{PORT, Phase, Status};
 use k8s_openapi::api::core::v1::PodCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -18,6 +18,11 @@ const COMING_UP: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(180);
 /// The same for a pod without a node, or without what it mounts: autoscalers and volumes take minutes.
 const LONG_PATIENCE: Duration = Duration::from_secs(600);
+/// Restarts after which a worker that ends again is not expected to do better by itself. By the kubelet's back-off the fifth comes
+/// after about five minutes.
+const RESTARTS: i32 = 5;
+/// A run that lasts longer is no part of a crash loop: the kubelet forgets its back-off then, too.
+const GOOD_RUN: Duration = Duration::from_secs(600);
 /// What to do about an image.
 const PULL: &str = "correct the image (spec.worker.image, or image and worker.image of the chart), or let the node pull it";
 /// Why a container does not start, by the kubelet's reasons, and what to do.
@@ -33,6 +38,8 @@ const CANNOT_START: [(&str, &str); 8] = [
 ];
 /// Where more is said.
 const DESCRIBE: &str = "see `kubectl describe pod`";
+/// The same of a worker that has run.
+const LOOK: &str = "see `kubectl logs --previous` of its pod";
 
 /// What is known of a Mirror's worker.
 #[derive(Clone, Debug)]
@@ -61,8 +68,13 @@ pub enum Worker {
         /// For so long that it will not by itself.
         lasts: bool,
     },
-    /// Its pod starts and ends again and again, for this reason.
-    KeepsEnding(String),
+    /// Its pod starts and ends again and again.
+    KeepsEnding {
+        /// For people, with what to look at.
+        why: String,
+        /// So often that it will not end by itself.
+        lasts: bool,
+    },
     /// It runs and does not answer.
     Unreachable(String),
     /// It speaks a contract that is no longer spoken here.
@@ -72,6 +84,11 @@ pub enum Worker {
 }
 
 impl Worker {
+    /// Whether it is in a trouble that will not pass by itself.
+    fn lasts(&self) -> bool {
+        matches!(self, Self::CannotStart { lasts: true, .. } | Self::KeepsEnding { lasts: true, .. })
+    }
+
     /// What it says, when it answers.
     pub fn status(&self) -> Option<&Status> {
         match self {
@@ -103,9 +120,12 @@ pub fn current(pods: &[Arc<SlimPod>]) -> Option<&SlimPod> {
     alive.max_by_key(|pod| (pod.is_ready(), age(pod), pod.metadata.name.clone())).map(AsRef::as_ref)
 }
 
-/// Whether the pod that counts can't start as it is, so that nothing is lost when another template takes its place.
-pub fn is_stuck(pods: &[Arc<SlimPod>]) -> bool {
-    current(pods).is_some_and(|pod| pod.status.container_statuses.iter().any(|container| obstacle(container).is_some()))
+/// Whether the pod that counts can't start as it is, or ends whenever it does, so that nothing is lost when another template takes its
+/// place.
+pub fn is_stuck(pods: &[Arc<SlimPod>], now: Timestamp) -> bool {
+    let is_hopeless =
+        |container: &SlimContainerStatus| obstacle(container).is_some() || trouble(container, now).is_some_and(|trouble| trouble.lasts());
+    current(pods).is_some_and(|pod| pod.status.container_statuses.iter().any(is_hopeless))
 }
 
 fn is_over(pod: &SlimPod) -> bool {
@@ -148,12 +168,17 @@ fn is_longer(since: Option<&Time>, patience: Duration, now: Timestamp) -> bool {
     since.is_some_and(|since| now.duration_since(since.0).unsigned_abs() > patience && now > since.0)
 }
 
-/// What the worker says goes before what its pod looks like: the kubelet is slower.
+/// What the worker says goes before what its pod looks like: the kubelet is slower. But one that has ended so often is believed when it
+/// has come up.
 fn judged(pod: &SlimPod, polled: Option<&Polled>, now: Timestamp) -> Worker {
+    let trouble = pod.status.container_statuses.iter().find_map(|container| trouble(container, now));
     if let Some(status) = polled.filter(|polled| polled.current().is_some()).and_then(|polled| polled.status.as_ref()) {
-        return Worker::Answers(Arc::clone(&status.0));
+        return match trouble {
+            Some(trouble) if trouble.lasts() && is_coming_up(&status.0) => trouble,
+            _ => Worker::Answers(Arc::clone(&status.0)),
+        };
     }
-    if let Some(trouble) = pod.status.container_statuses.iter().find_map(trouble) {
+    if let Some(trouble) = trouble {
         return trouble;
     }
     if let Some(why) = pod.status.container_statuses.iter().find_map(obstacle) {
@@ -200,15 +225,33 @@ fn pending(pod: &SlimPod, now: Timestamp) -> Worker {
     Worker::Starting(why)
 }
 
+fn is_coming_up(status: &Status) -> bool {
+    matches!(status.phase, Phase::Starting | Phase::SettingUp) && status.error.is_none()
+}
+
 /// What is wrong with a container that has run.
-fn trouble(container: &SlimContainerStatus) -> Option<Worker> {
-    if let Some(ended) = &container.state.terminated {
-        return Some(Worker::KeepsEnding(format!("the worker has ended: {}", explained(ended))));
+fn trouble(container: &SlimContainerStatus, now: Timestamp) -> Option<Worker> {
+    let (state, last) = (&container.state, container.last_state.terminated.as_ref());
+    let loops = |ended: Option<&Why>| container.restart_count >= RESTARTS && ended.is_none_or(was_short);
+    if let Some(ended) = &state.terminated {
+        let why = format!("the worker has ended: {}; {LOOK}", explained(ended));
+        return Some(Worker::KeepsEnding { why, lasts: loops(Some(ended)) });
     }
-    let is_waiting = container.state.waiting.as_ref()?.reason.as_deref() == Some("CrashLoopBackOff");
-    let last = container.last_state.terminated.as_ref().map_or_else(|| "for an unknown reason".to_owned(), explained);
-    let why = format!("the worker was restarted {} times and ended again: {last}", container.restart_count);
-    is_waiting.then_some(Worker::KeepsEnding(why))
+    let lasts = loops(last);
+    let applies = match &state.waiting {
+        Some(waiting) => waiting.reason.as_deref() == Some("CrashLoopBackOff"),
+        // It runs once more, as it did before.
+        None => lasts && !container.ready && last.is_some_and(|last| !is_longer(last.finished_at.as_ref(), GOOD_RUN, now)),
+    };
+    let last = last.map_or_else(|| "for an unknown reason".to_owned(), explained);
+    let why = format!("the worker was restarted {} times and ended again: {last}; {LOOK}", container.restart_count);
+    applies.then_some(Worker::KeepsEnding { why, lasts })
+}
+
+/// Whether it ended soon after it began; so it counts when nobody knows.
+fn was_short(ended: &Why) -> bool {
+    let end = ended.finished_at.as_ref().map(|end| end.0);
+    end.is_none_or(|end| !is_longer(ended.started_at.as_ref(), GOOD_RUN, end))
 }
 
 /// Why a container does not start, and what to do about it.
@@ -227,7 +270,7 @@ fn explained(ended: &Why) -> String {
         (_, Some(3)) => "another worker has claimed the stream (exit code 3)".to_owned(),
         (_, Some(137)) => "it was killed (exit code 137)".to_owned(),
         (_, Some(143)) => "it was told to end and took too long (exit code 143)".to_owned(),
-        (_, Some(code)) => format!("it failed (exit code {code}); see its log"),
+        (_, Some(code)) => format!("it failed (exit code {code})"),
         (Some(reason), None) => reason.to_owned(),
         (None, None) => "for an unknown reason".to_owned(),
     };
@@ -272,7 +315,8 @@ mod tests {
             Worker::Starting(why) => ("starting", why),
             Worker::CannotStart { why, lasts: false } => ("cannot start", why),
             Worker::CannotStart { why, lasts: true } => ("never starts", why),
-            Worker::KeepsEnding(why) => ("keeps ending", why),
+            Worker::KeepsEnding { why, lasts: false } => ("keeps ending", why),
+            Worker::KeepsEnding { why, lasts: true } => ("crash loops", why),
             Worker::Unreachable(why) => ("unreachable", why),
             Worker::Outdated(why) => ("outdated", why),
             Worker::Answers(status) => ("answers", status.pod.clone()),
@@ -338,7 +382,7 @@ mod tests {
         for reason in ["ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"] {
             let state = json!({"waiting": {"reason": reason, "message": "what the kubelet says"}});
             let new = with(json!([]), state.clone());
-            assert!(is_stuck(std::slice::from_ref(&new)));
+            assert!(is_stuck(std::slice::from_ref(&new), at("2026-01-01T00:00:10Z")));
             assert_eq!(seen(&new, "2026-01-01T00:03:00Z").0, "cannot start", "{reason}");
             let (kind, why) = seen(&new, "2026-01-01T00:03:01Z");
             assert!(kind == "never starts" && why.contains("what the kubelet says; ") && why.contains(reason), "{kind}: {why}");
@@ -354,7 +398,50 @@ mod tests {
         let unmounted = with(json!([]), json!({"waiting": {"reason": "ContainerCreating"}}));
         assert_eq!(seen(&unmounted, "2026-01-01T00:10:00Z").0, "starting");
         assert_eq!(seen(&unmounted, "2026-01-01T00:10:01Z").0, "never starts");
-        assert!(!is_stuck(&[homeless]) && !is_stuck(&[unmounted]));
+        let now = at("2026-01-01T00:30:00Z");
+        assert!(!is_stuck(&[homeless], now) && !is_stuck(&[unmounted], now));
+    }
+
+    /// A container that has been restarted so often, and whose last run began and ended at these seconds.
+    fn restarted(times: i32, state: Value, run: [&str; 2]) -> Arc<SlimPod> {
+        let last = json!({"terminated": {"reason": "Error", "exitCode": 1, "startedAt": run[0], "finishedAt": run[1]}});
+        let one = json!({"name": "worker", "image": "sluice:1", "restartCount": times, "state": state, "lastState": last});
+        pod(json!({"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [one]}))
+    }
+
+    #[test]
+    fn a_worker_that_ends_soon_after_each_start_needs_a_human() {
+        let waiting = || json!({"waiting": {"reason": "CrashLoopBackOff"}});
+        let seen = |pod: &Arc<SlimPod>, time| words(observe(Some(&deployment()), std::slice::from_ref(pod), None, at(time)).worker);
+        let short = ["2026-01-01T01:00:00Z", "2026-01-01T01:00:20Z"];
+        let soon = "2026-01-01T01:02:00Z";
+        assert_eq!(seen(&restarted(4, waiting(), short), soon).0, "keeps ending", "it may be a bad moment");
+        let (kind, why) = seen(&restarted(5, waiting(), short), soon);
+        assert!(kind == "crash loops" && why.contains("5 times") && why.contains("kubectl logs --previous"), "{kind}: {why}");
+        assert!(is_stuck(&[restarted(5, waiting(), short)], at(soon)) && !is_stuck(&[restarted(4, waiting(), short)], at(soon)));
+        let long = ["2026-01-01T00:00:00Z", "2026-01-01T01:00:20Z"];
+        assert_eq!(seen(&restarted(50, waiting(), long), soon).0, "keeps ending", "it has worked for an hour");
+        let ended = json!({"terminated": {"exitCode": 1, "startedAt": short[0], "finishedAt": short[1]}});
+        assert_eq!(seen(&restarted(5, ended, short), soon).0, "crash loops");
+
+        // It runs again, which says nothing before it has come up or stayed.
+        let again = restarted(5, json!({"running": {}}), short);
+        assert_eq!(seen(&again, soon).0, "crash loops");
+        assert_eq!(seen(&again, "2026-01-01T01:10:21Z").0, "starting");
+        assert_eq!(seen(&restarted(4, json!({"running": {}}), short), soon).0, "starting");
+        let says = |phase: &str, error: Value| {
+            let mut polled = answered();
+            let (status, _) = polled.status.as_mut().expect("a status");
+            let mut said = serde_json::to_value(status.as_ref()).expect("JSON");
+            said["phase"] = json!(phase);
+            said["error"] = error;
+            *status = Arc::new(serde_json::from_value(said).expect("a status"));
+            words(observe(Some(&deployment()), std::slice::from_ref(&again), Some(&polled), at(soon)).worker).0
+        };
+        assert_eq!(says("Starting", Value::Null), "crash loops");
+        assert_eq!(says("Streaming", Value::Null), "answers");
+        let error = json!({"class": "Retry", "reason": "SourceUnreachable", "message": "m", "count": 1});
+        assert_eq!(says("Starting", error), "answers", "it knows better");
     }
 
     #[test]

@@ -7,8 +7,9 @@ mod text;
 use super::observe::{Observed, Worker};
 use super::plan;
 use super::problem::{Problem, documented};
+use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, Finding, kind, reason};
-use crate::resources::{Mirror, MirrorStatus, Position, TableCounts, WorkerStatus};
+use crate::resources::{MirrorStatus, Position, TableCounts, WorkerStatus};
 use crate::worker::contract::{Failure, Phase, Status};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
@@ -24,7 +25,7 @@ const READY_STATE: &str = "Ready";
 /// What a report is made of.
 pub struct Facts<'a> {
     /// The Mirror as it was read.
-    pub mirror: &'a Mirror,
+    pub mirror: &'a SlimMirror,
     /// Why its current spec is not carried out.
     pub problem: Option<&'a Problem>,
     /// What is seen of its worker.
@@ -44,8 +45,8 @@ enum Situation<'a> {
     Starting(&'a str),
     /// Its pod fails.
     Failed(&'a str),
-    /// Its pod has not started for so long that it will not by itself.
-    Stuck(&'a str),
+    /// Its pod has failed for so long, or so often, that it will not do better by itself.
+    Stuck(&'static str, &'a str),
     /// It does not answer.
     Unreachable(&'a str),
     /// It speaks an old contract.
@@ -84,7 +85,7 @@ pub fn report(facts: &Facts<'_>, now: Timestamp) -> MirrorStatus {
 }
 
 /// The status of a Mirror that the operator keeps its hands off: all as it was but for one condition.
-pub fn paused(mirror: &Mirror, now: Timestamp) -> MirrorStatus {
+pub fn paused(mirror: &SlimMirror, now: Timestamp) -> MirrorStatus {
     let mut status = mirror.status.clone().unwrap_or_default();
     status.observed_generation = status.observed_generation.filter(|seen| *seen >= 0).or(mirror.metadata.generation);
     let message = "the annotation sluice.dev/pause-reconciliation keeps the operator's hands off";
@@ -94,7 +95,7 @@ pub fn paused(mirror: &Mirror, now: Timestamp) -> MirrorStatus {
 }
 
 /// The status of a Mirror that is being deleted. `trouble` is what keeps the clean-up from its end.
-pub fn deleting(mirror: &Mirror, doing: &str, trouble: Option<&str>, now: Timestamp) -> MirrorStatus {
+pub fn deleting(mirror: &SlimMirror, doing: &str, trouble: Option<&str>, now: Timestamp) -> MirrorStatus {
     let mut status = mirror.status.clone().unwrap_or_default();
     let why = if trouble.is_some() { reason::CLEANUP_FAILED } else { reason::DELETING };
     let message = trouble.unwrap_or(doing);
@@ -151,8 +152,9 @@ fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
         (Worker::Answers(status), _) => of_worker(status),
         (_, Some(problem)) if !observed.exists => Situation::Blocked(problem),
         (Worker::Starting(why), _) => Situation::Starting(why),
-        (Worker::CannotStart { why, lasts: true }, _) => Situation::Stuck(why),
-        (Worker::CannotStart { why, .. } | Worker::KeepsEnding(why), _) => Situation::Failed(why),
+        (Worker::CannotStart { why, lasts: true }, _) => Situation::Stuck(reason::WORKER_CANNOT_START, why),
+        (Worker::KeepsEnding { why, lasts: true }, _) => Situation::Stuck(reason::WORKER_CRASH_LOOPING, why),
+        (Worker::CannotStart { why, .. } | Worker::KeepsEnding { why, .. }, _) => Situation::Failed(why),
         (Worker::Unreachable(why), _) => Situation::Unreachable(why),
         (Worker::Outdated(why), _) => Situation::Outdated(why),
     }
@@ -163,7 +165,7 @@ fn is_suspended(facts: &Facts<'_>) -> bool {
     let rests = match &facts.observed.worker {
         Worker::Answers(status) => status.phase == Phase::Suspended,
         Worker::Starting(_) | Worker::CannotStart { .. } => facts.observed.pod.is_none() || !facts.observed.exists,
-        Worker::KeepsEnding(_) | Worker::Unreachable(_) | Worker::Outdated(_) => false,
+        Worker::KeepsEnding { .. } | Worker::Unreachable(_) | Worker::Outdated(_) => false,
     };
     facts.mirror.spec.suspend && rests
 }
@@ -213,7 +215,7 @@ fn findings(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) ->
         stalled(facts, situation),
         snapshot_completed(facts, situation, old),
         streaming(situation),
-        worker_available(facts.observed),
+        worker_available(facts.observed, situation),
         suspended(facts),
     ]
 }
@@ -222,15 +224,15 @@ fn ready(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Fi
     let status = facts.observed.worker.status();
     let notice = status.and_then(|status| status.notice.as_ref());
     let aside = status.and_then(|status| status.waiting.as_ref()).map(|aside| format!("; {aside}")).unwrap_or_default();
-    match situation {
-        Situation::Suspended => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
-        Situation::Streaming => match notice {
-            None => Finding::yes(kind::READY, reason::STREAMING, format!("every table follows the stream{aside}")),
-            Some(notice) => Finding::yes(kind::READY, documented(&notice.reason), notice.message.clone()),
-        },
+    match (situation, notice) {
+        (Situation::Suspended | Situation::Streaming, Some(notice)) => {
+            Finding::yes(kind::READY, documented(&notice.reason), notice.message.clone())
+        }
+        (Situation::Suspended, None) => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
+        (Situation::Streaming, None) => Finding::yes(kind::READY, reason::STREAMING, format!("every table follows the stream{aside}")),
         // It streams on, as far as anybody knows.
-        Situation::Outdated(why) => Finding { message: (*why).to_owned(), ..kept(kind::READY, reason::WORKER_OUTDATED, old) },
-        other => Finding::no(kind::READY, other.reason(), other.message()),
+        (Situation::Outdated(why), _) => Finding { message: (*why).to_owned(), ..kept(kind::READY, reason::WORKER_OUTDATED, old) },
+        (other, _) => Finding::no(kind::READY, other.reason(), other.message()),
     }
 }
 
@@ -239,7 +241,7 @@ fn reconciling(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
     let behind = facts.told.zip(status).is_some_and(|(told, status)| status.generation < told);
     let switching = facts.mirror.spec.suspend && !matches!(situation, Situation::Suspended);
     let progresses = match situation {
-        Situation::Suspended | Situation::Outdated(_) | Situation::Stuck(_) => false,
+        Situation::Suspended | Situation::Outdated(_) | Situation::Stuck(..) => false,
         Situation::Streaming => behind || switching,
         Situation::Blocked(problem) => !problem.needs_human,
         Situation::Broken(problem) => behind || switching || !problem.needs_human,
@@ -263,7 +265,7 @@ fn reconciling(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
 /// A wrong spec stalls also while the last good one goes on.
 fn stalled(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
     let broken = match situation {
-        Situation::Stuck(why) => return Finding::yes(kind::STALLED, reason::WORKER_FAILED, *why),
+        Situation::Stuck(reason, why) => return Finding::yes(kind::STALLED, reason, *why),
         Situation::Broken(problem) => Some(problem),
         _ => None,
     };
@@ -296,12 +298,13 @@ fn streaming(situation: &Situation<'_>) -> Finding {
     }
 }
 
-fn worker_available(observed: &Observed) -> Finding {
+fn worker_available(observed: &Observed, situation: &Situation<'_>) -> Finding {
     let no = |reason, why: &String| Finding::no(kind::WORKER_AVAILABLE, reason, why);
+    let failed = if let Situation::Stuck(reason, _) = situation { *reason } else { reason::WORKER_FAILED };
     match &observed.worker {
         Worker::Answers(_) => Finding::yes(kind::WORKER_AVAILABLE, reason::WORKER_RUNNING, "the worker answers"),
         Worker::Starting(why) => no(reason::WORKER_STARTING, why),
-        Worker::CannotStart { why, .. } | Worker::KeepsEnding(why) => no(reason::WORKER_FAILED, why),
+        Worker::CannotStart { why, .. } | Worker::KeepsEnding { why, .. } => no(failed, why),
         Worker::Unreachable(why) => no(reason::WORKER_UNREACHABLE, why),
         Worker::Outdated(why) => no(reason::WORKER_OUTDATED, why),
     }
@@ -321,7 +324,8 @@ impl Situation<'_> {
             Self::Suspended => reason::SUSPENDED,
             Self::Blocked(problem) => problem.reason,
             Self::Starting(_) => reason::WORKER_STARTING,
-            Self::Failed(_) | Self::Stuck(_) => reason::WORKER_FAILED,
+            Self::Failed(_) => reason::WORKER_FAILED,
+            Self::Stuck(reason, _) => reason,
             Self::Unreachable(_) => reason::WORKER_UNREACHABLE,
             Self::Outdated(_) => reason::WORKER_OUTDATED,
             Self::Working(reason, _) => reason,
@@ -335,7 +339,9 @@ impl Situation<'_> {
             Self::Suspended | Self::Streaming => String::new(),
             Self::Blocked(problem) => problem.message.clone(),
             Self::Broken(problem) => problem.message.clone(),
-            Self::Starting(why) | Self::Failed(why) | Self::Stuck(why) | Self::Unreachable(why) | Self::Outdated(why) => (*why).to_owned(),
+            Self::Starting(why) | Self::Failed(why) | Self::Stuck(_, why) | Self::Unreachable(why) | Self::Outdated(why) => {
+                (*why).to_owned()
+            }
             Self::Working(_, what) => what.clone(),
         }
     }
@@ -369,8 +375,8 @@ fn phase(situation: &Situation<'_>, observed: &Observed, old: &MirrorStatus) -> 
         Situation::Suspended => "Suspended".to_owned(),
         Situation::Blocked(_) => "Pending".to_owned(),
         Situation::Starting(_) => "Pending".to_owned(),
-        Situation::Failed(_) if matches!(observed.worker, Worker::KeepsEnding(_)) => "Retrying".to_owned(),
-        Situation::Failed(_) | Situation::Stuck(_) => "Pending".to_owned(),
+        Situation::Failed(_) | Situation::Stuck(..) if matches!(observed.worker, Worker::KeepsEnding { .. }) => "Retrying".to_owned(),
+        Situation::Failed(_) | Situation::Stuck(..) => "Pending".to_owned(),
         // Nobody can say; the last word stays.
         Situation::Unreachable(_) | Situation::Outdated(_) => old.phase.clone().unwrap_or_else(|| "Pending".to_owned()),
         Situation::Working(reason, _) if *reason == reason::STARTING => {
@@ -383,7 +389,7 @@ fn phase(situation: &Situation<'_>, observed: &Observed, old: &MirrorStatus) -> 
 fn last_error(facts: &Facts<'_>, situation: &Situation<'_>) -> Option<String> {
     match situation {
         Situation::Broken(problem) => Some(format!("{}: {}", problem.reason, problem.message)),
-        Situation::Failed(why) | Situation::Stuck(why) => Some(format!("{}: {why}", reason::WORKER_FAILED)),
+        Situation::Failed(why) | Situation::Stuck(_, why) => Some(format!("{}: {why}", situation.reason())),
         _ => facts.problem.filter(|problem| problem.needs_human).map(|problem| format!("{}: {}", problem.reason, problem.message)),
     }
 }

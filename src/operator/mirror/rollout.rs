@@ -92,12 +92,12 @@ mod tests {
     use super::*;
     use crate::operator::mirror::peer::{self, Peer};
     use crate::operator::mirror::plan;
-    use crate::operator::mirror::validate::tests::mirror;
+    use crate::operator::mirror::validate::tests::slim;
     use serde_json::{Value, json};
 
     fn planned(spec: Value, image: &str) -> Deployment {
         let image = plan::Image { name: image.into(), pull_policy: "Never".into() };
-        let mirror = mirror(spec);
+        let mirror = slim(spec);
         plan::deployment(&mirror, &Peer::from(&peer::tests::source()), &Peer::from(&peer::tests::target()), &image, "1")
     }
 

@@ -5,7 +5,7 @@ use super::peer::Peer;
 use super::plan;
 use super::problem::Problem;
 use crate::engine::error::reason;
-use crate::resources::Mirror;
+use crate::operator::slim::SlimMirror;
 use crate::resources::names::{MIRROR_FINALIZER, has_finalizer};
 
 /// Whether both are one server. Slots belong to the server, not to a database.
@@ -18,9 +18,9 @@ pub fn is_same_server(one: &Peer, other: &Peer) -> bool {
 }
 
 /// Whether `other`, which names the same slot of the same server, has it: it has been set up, or neither has and it is the older one.
-pub fn has_it(other: &Mirror, mirror: &Mirror) -> bool {
-    let is_set_up = |mirror: &Mirror| has_finalizer(&mirror.metadata, MIRROR_FINALIZER);
-    let age = |mirror: &Mirror| (mirror.metadata.creation_timestamp.as_ref().map(|time| time.0), mirror.metadata.uid.clone());
+pub fn has_it(other: &SlimMirror, mirror: &SlimMirror) -> bool {
+    let is_set_up = |mirror: &SlimMirror| has_finalizer(&mirror.metadata, MIRROR_FINALIZER);
+    let age = |mirror: &SlimMirror| (mirror.metadata.creation_timestamp.as_ref().map(|time| time.0), mirror.metadata.uid.clone());
     match (is_set_up(other), is_set_up(mirror)) {
         (true, false) => true,
         (false, true) => false,
@@ -29,7 +29,7 @@ pub fn has_it(other: &Mirror, mirror: &Mirror) -> bool {
 }
 
 /// Why a Mirror that has not been set up waits while `other` has its slot. Of other namespaces nothing is told.
-pub fn problem(mirror: &Mirror, other: &Mirror) -> Problem {
+pub fn problem(mirror: &SlimMirror, other: &SlimMirror) -> Problem {
     let whose = if plan::namespace(other) == plan::namespace(mirror) {
         format!("Mirror {}", plan::name(other))
     } else {
@@ -48,7 +48,7 @@ mod tests {
     use crate::operator::mirror::peer::tests as peers;
     use serde_json::{Value, json};
 
-    fn mirror(namespace: &str, uid: &str, created: &str, set_up: bool) -> Mirror {
+    fn mirror(namespace: &str, uid: &str, created: &str, set_up: bool) -> SlimMirror {
         let finalizers: Value = if set_up { json!([MIRROR_FINALIZER]) } else { json!([]) };
         serde_json::from_value(json!({
             "apiVersion": "sluice.dev/v1alpha1", "kind": "Mirror",

@@ -2,7 +2,7 @@
 
 use super::problem::Problem;
 use crate::engine::error::reason;
-use crate::resources::{ExistingRows, Mirror, MirrorSpec, Schema, Snapshot, Table};
+use crate::resources::{ExistingRows, MirrorSpec, Schema, Snapshot, Table};
 use crate::worker::contract::{EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec};
 use std::collections::BTreeMap;
 
@@ -34,8 +34,7 @@ pub struct Validated {
 ///
 /// # Errors
 /// What only a change of the spec helps against.
-pub fn validate(mirror: &Mirror, source: EndpointSpec, target: EndpointSpec) -> Result<Validated, Problem> {
-    let spec = &mirror.spec;
+pub fn validate(spec: &MirrorSpec, source: EndpointSpec, target: EndpointSpec) -> Result<Validated, Problem> {
     let tables = spec.tables.as_ref().map(|tables| tables.iter().map(table).collect::<Vec<_>>());
     let schemas = spec.schemas.as_ref().map(|schemas| schemas.iter().map(schema).collect::<Vec<_>>());
     selection(tables.as_deref(), schemas.as_deref())?;
@@ -199,6 +198,8 @@ fn stream(spec: &MirrorSpec) -> StreamSpec {
 pub(super) mod tests {
     use super::*;
     use crate::operator::mirror::peer::{self, Peer};
+    use crate::operator::slim::SlimMirror;
+    use crate::resources::Mirror;
     use serde_json::{Value, json};
 
     /// A Mirror with this in its spec.
@@ -213,8 +214,18 @@ pub(super) mod tests {
         .expect("a mirror")
     }
 
+    /// What the cache keeps of it.
+    pub fn slimmed(mirror: &Mirror) -> SlimMirror {
+        serde_json::from_value(serde_json::to_value(mirror).expect("JSON")).expect("a mirror")
+    }
+
+    /// What the cache keeps of a Mirror with this in its spec.
+    pub fn slim(spec: Value) -> SlimMirror {
+        slimmed(&mirror(spec))
+    }
+
     fn check(spec: Value) -> Result<Validated, Problem> {
-        validate(&mirror(spec), Peer::from(&peer::tests::source()).endpoint, Peer::from(&peer::tests::target()).endpoint)
+        validate(&mirror(spec).spec, Peer::from(&peer::tests::source()).endpoint, Peer::from(&peer::tests::target()).endpoint)
     }
 
     fn refused(spec: Value) -> (&'static str, String) {
@@ -297,12 +308,12 @@ pub(super) mod tests {
     fn nothing_is_mirrored_onto_itself() {
         let here = Peer::from(&peer::tests::source()).endpoint;
         let upper = EndpointSpec { host: "SHOP-DB".into(), ..here.clone() };
-        let onto = |spec| validate(&mirror(spec), here.clone(), upper.clone());
+        let onto = |spec| validate(&mirror(spec).spec, here.clone(), upper.clone());
         assert_eq!(onto(json!({"tables": [{"name": "a"}]})).expect_err("refused").reason, "SameTable");
         assert_eq!(onto(json!({"schemas": [{"name": "a"}]})).expect_err("refused").reason, "SameTable");
         assert!(onto(json!({"tables": [{"name": "a", "target": {"name": "b"}}]})).is_ok(), "one database may be both");
         let elsewhere = EndpointSpec { database: "other".into(), ..here.clone() };
-        assert!(validate(&mirror(json!({"tables": [{"name": "a"}]})), here.clone(), elsewhere).is_ok());
+        assert!(validate(&mirror(json!({"tables": [{"name": "a"}]})).spec, here.clone(), elsewhere).is_ok());
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::connectors::postgres::errors::violation;
 use crate::connectors::postgres::lsn::Lsn;
 use crate::connectors::postgres::pgoutput::{Decoder, Message};
 use crate::engine::batch::{Batch, Boundary, Heartbeat, Part};
+use crate::engine::budget::Permit;
 use crate::engine::error::Result;
 use crate::engine::roles::BatchLimits;
 use std::time::{Duration, Instant, SystemTime};
@@ -213,6 +214,7 @@ impl Assembler {
             open_from: self.transaction,
             received: self.received,
             heartbeat: self.heartbeat.take(),
+            permit: Permit::default(),
         }
     }
 }

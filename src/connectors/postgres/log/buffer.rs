@@ -2,23 +2,20 @@
 //!
 //! The last part stays open to the reader until the consumer takes it. So a consumer that is busy finds a large part when it
 //! comes back, and one that waits gets each transaction at once; no timer is needed for either.
+//!
+//! A part that was taken counts on until the consumer has dropped it.
 
 use crate::connectors::postgres::lsn::Lsn;
 use crate::engine::batch::Part;
+use crate::engine::budget::Budget;
 use crate::engine::error::{Error, Result, reason};
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
-/// Parts that may always wait, however large they are.
-const AT_LEAST: usize = 2;
-
 pub(super) struct Buffer {
-    budget: usize,
+    budget: Arc<Budget>,
     state: Mutex<State>,
-    /// Wakes the reader: there may be space, or the consumer is gone.
-    space: Condvar,
     /// Wakes the consumer: there is a part, or the end.
     news: Notify,
 }
@@ -26,28 +23,15 @@ pub(super) struct Buffer {
 #[derive(Default)]
 struct State {
     parts: VecDeque<Part<Lsn>>,
-    bytes: usize,
     /// Why the reader has ended; taken by the consumer.
     failure: Option<Error>,
     ended: bool,
     closed: bool,
 }
 
-impl State {
-    fn push(&mut self, part: Part<Lsn>) {
-        self.bytes += part.batch.size();
-        self.parts.push_back(part);
-    }
-
-    fn removed(&mut self, part: Part<Lsn>) -> Part<Lsn> {
-        self.bytes -= part.batch.size();
-        part
-    }
-}
-
 impl Buffer {
     pub(super) fn new(budget: usize) -> Self {
-        Self { budget, state: Mutex::default(), space: Condvar::new(), news: Notify::new() }
+        Self { budget: Budget::new(budget), state: Mutex::default(), news: Notify::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -55,14 +39,15 @@ impl Buffer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes that wait.
-    pub(super) fn bytes(&self) -> usize {
-        self.lock().bytes
+    /// Memory of the parts that wait or are being applied, and of what the reader holds.
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
     }
 
-    /// Adds a part; the reader asks for space before it reads more, not here.
-    pub(super) fn push(&self, part: Part<Lsn>) {
-        self.lock().push(part);
+    /// Adds a part; the reader asks for room before it reads more, not here.
+    pub(super) fn push(&self, mut part: Part<Lsn>) {
+        part.permit = self.budget.permit(part.batch.size());
+        self.lock().parts.push_back(part);
         self.news.notify_one();
     }
 
@@ -71,7 +56,7 @@ impl Buffer {
         let mut state = self.lock();
         match state.parts.back_mut() {
             Some(last) if last.is_idle() => last.received = received,
-            _ => state.push(Part::idle(received)),
+            _ => state.parts.push_back(Part::idle(received)),
         }
         drop(state);
         self.news.notify_one();
@@ -80,23 +65,7 @@ impl Buffer {
     /// Takes the last part back if nobody has taken it and `can_extend` says yes.
     pub(super) fn take_back(&self, can_extend: impl FnOnce(&Part<Lsn>) -> bool) -> Option<Part<Lsn>> {
         let mut state = self.lock();
-        if !state.parts.back().is_some_and(can_extend) {
-            return None;
-        }
-        let part = state.parts.pop_back()?;
-        Some(state.removed(part))
-    }
-
-    /// Whether the reader may read on; waits up to `limit` for it. `held` bytes are in its hands.
-    pub(super) fn wait_for_space(&self, held: usize, limit: Duration) -> bool {
-        let is_full = |state: &State| state.parts.len() >= AT_LEAST && state.bytes + held >= self.budget;
-        let state = self.lock();
-        if !is_full(&state) {
-            return true;
-        }
-        let (state, _) =
-            self.space.wait_timeout_while(state, limit, |state| is_full(state) && !state.closed).unwrap_or_else(PoisonError::into_inner);
-        !is_full(&state)
+        if state.parts.back().is_some_and(can_extend) { state.parts.pop_back() } else { None }
     }
 
     /// The reader has ended. Only the first reason counts.
@@ -110,10 +79,13 @@ impl Buffer {
         self.news.notify_one();
     }
 
-    /// The consumer has gone.
+    /// The consumer has gone: what waits is of no use any more, and makes room for a reader that waits for it.
     pub(super) fn close(&self) {
-        self.lock().closed = true;
-        self.space.notify_one();
+        let mut state = self.lock();
+        state.closed = true;
+        let parts = std::mem::take(&mut state.parts);
+        drop(state);
+        drop(parts);
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -148,9 +120,6 @@ impl Buffer {
     fn try_next(&self) -> Option<Result<Part<Lsn>>> {
         let mut state = self.lock();
         if let Some(part) = state.parts.pop_front() {
-            let part = state.removed(part);
-            drop(state);
-            self.space.notify_one();
             return Some(Ok(part));
         }
         let ended = || Error::retry(reason::SOURCE_UNREACHABLE, "the stream has ended");
@@ -161,9 +130,8 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::batch::Boundary;
-    use std::sync::Arc;
-    use std::time::SystemTime;
+    use crate::engine::batch::{Boundary, CellKind};
+    use std::time::{Duration, SystemTime};
 
     fn part(end: u64) -> Part<Lsn> {
         let boundary = Boundary { changes: 0, end: Lsn(end), committed_at: SystemTime::UNIX_EPOCH };
@@ -210,16 +178,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn space_comes_back() {
-        let buffer = Arc::new(Buffer::new(10));
-        buffer.push(part(1));
-        assert!(buffer.wait_for_space(100, Duration::ZERO), "two parts may always wait");
-        buffer.push(part(2));
-        assert!(buffer.wait_for_space(9, Duration::ZERO));
-        assert!(!buffer.wait_for_space(10, Duration::ZERO));
-        let waiting = Arc::clone(&buffer);
-        let waiter = std::thread::spawn(move || waiting.wait_for_space(10, Duration::from_secs(30)));
-        buffer.next().await.unwrap();
-        assert!(waiter.join().unwrap());
+    async fn a_part_counts_until_nobody_holds_it() {
+        let full = |end| {
+            let mut part = part(end);
+            part.batch.push_cell(CellKind::Text, &[b'x'; 100]);
+            part
+        };
+        let size = full(1).batch.size();
+        let buffer = Buffer::new(2 * size);
+        buffer.push(full(1));
+        buffer.push(full(2));
+        let applied = Arc::new(buffer.next().await.unwrap());
+        let held = Arc::clone(&applied);
+        drop(applied);
+        assert!(!buffer.budget().wait_for_room(0, Duration::ZERO), "it is being applied");
+        drop(held);
+        assert!(buffer.budget().wait_for_room(0, Duration::ZERO));
+        assert_eq!(buffer.budget().used(), size);
+        buffer.close();
+        assert_eq!(buffer.budget().used(), 0, "what waited is gone");
     }
 }

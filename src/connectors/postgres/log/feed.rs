@@ -79,6 +79,11 @@ impl Feed {
         }
     }
 
+    /// Memory that is taken by what is not handed over, in bytes.
+    pub(super) fn memory(&self) -> usize {
+        self.assembler.size() + self.streams.memory()
+    }
+
     /// How often the log has described a table.
     pub(super) fn announced(&self) -> u64 {
         self.announced

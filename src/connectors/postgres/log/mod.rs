@@ -6,16 +6,17 @@
 //!
 //! Large transactions arrive in slices before they have ended. Slices are kept apart (streams.rs) and replayed at their commit.
 //! When there is no room for them the thread starts the stream again without streaming, until the transaction that took the
-//! most room is over: then large transactions wait on the source's disk.
+//! most room is over: then large transactions wait on the source's disk. That outlives a log (pause.rs).
 //!
 //! Invariants: parts hold what [`crate::engine::batch::Part`] promises; only what was confirmed is reported to the server;
-//! memory stays in [`Room::memory`], but for one part and one read.
+//! memory stays in [`Room::memory`], parts that are being applied included, but for one part and one read.
 
 mod assembler;
 mod buffer;
 mod feed;
 mod input;
 mod opener;
+mod pause;
 mod reader;
 mod streams;
 
@@ -26,13 +27,14 @@ use super::replication::{ReplicationClient, connect_replication};
 use super::source::APPLICATION_NAME;
 use crate::engine::batch::Part;
 use crate::engine::error::{Error, Result};
-use crate::engine::roles::{BatchLimits, ChangeLog, LogLoad, Notice};
+use crate::engine::roles::{BatchLimits, ChangeLog, LogLoad};
 use crate::engine::spill::{Room, Spill, Taken};
 use crate::engine::table::MappedTable;
 use assembler::Assembler;
 use buffer::Buffer;
 use feed::Feed;
 use opener::Opener;
+pub use pause::StreamingPause;
 use reader::Reader;
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,8 +42,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use streams::Streams;
 
-/// Parts that may lie in the buffer, at least, counted in bytes of the largest.
-const BUFFERED_PARTS: usize = 2;
+/// The largest part is this part of the memory: two of them can be applied side by side while others arrive.
+const PARTS: usize = 4;
 /// Longest pause between two status updates.
 const LONGEST_FEEDBACK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -62,12 +64,15 @@ pub struct LogConfig {
     pub limits: BatchLimits,
     /// What may be taken of the machine.
     pub room: Room,
+    /// What is known of pauses of streaming, of earlier logs too.
+    pub pause: StreamingPause,
 }
 
 /// A replication slot that is being read. When it is dropped, the last confirmed position is sent and the session ends.
 pub struct PostgresLog {
     buffer: Arc<Buffer>,
     shared: Arc<Shared>,
+    pause: StreamingPause,
     taken: Arc<Taken>,
     spill_limit: u64,
 }
@@ -79,7 +84,6 @@ struct Shared {
     confirmed: AtomicU64,
     /// Relation messages so far.
     announced: AtomicU64,
-    notice: Mutex<Option<Notice>>,
     /// A second handle of the socket, with which the reader is woken.
     socket: Mutex<TcpStream>,
 }
@@ -91,7 +95,6 @@ impl Shared {
             server_end: AtomicU64::new(from.0),
             confirmed: AtomicU64::new(from.0),
             announced: AtomicU64::new(0),
-            notice: Mutex::default(),
             socket: Mutex::new(socket),
         }
     }
@@ -114,22 +117,24 @@ impl PostgresLog {
     /// [`ReplicationClient::expect_system`].
     pub async fn start(mut client: ReplicationClient, config: LogConfig, from: Lsn) -> Result<Self> {
         let feedback_interval = feedback_interval(&mut client).await?;
-        // Half for parts that wait, half for what is kept of transactions that have not ended.
-        let share = config.room.memory / 2;
-        let limits = BatchLimits { bytes: config.limits.bytes.min(share / BUFFERED_PARTS), ..config.limits };
+        let memory = config.room.memory;
+        let limits = BatchLimits { bytes: config.limits.bytes.min(memory / PARTS), ..config.limits };
+        let pause = config.pause.clone();
         let config = Arc::new(config);
         let opener = Opener::new(Arc::clone(&config), &mut client).await?;
-        let copy = opener.start(client, from, true).await?;
+        let awaited = opener.paused();
+        let copy = opener.start(client, from, awaited.is_none()).await?;
 
-        let spill = Spill::open(share, config.room.disk.as_ref());
+        // At most half is for what is kept of transactions that have not ended, the rest for parts.
+        let spill = Spill::open(memory / 2, config.room.disk.as_ref());
         let (taken, spill_limit) = (spill.taken(), spill.disk_limit());
-        let buffer = Arc::new(Buffer::new(share));
+        let buffer = Arc::new(Buffer::new(memory));
         let feed = Feed::new(Assembler::new(Decoder::new(&config.tables), limits, from), Streams::new(spill));
-        let reader = Reader::new(copy, feed, Arc::clone(&buffer), opener, feedback_interval)?;
+        let reader = Reader::new(copy, feed, Arc::clone(&buffer), opener, awaited, feedback_interval)?;
         let shared = reader.shared();
         let thread = std::thread::Builder::new().name("postgres-log".into()).spawn(move || reader.run());
         thread.map_err(|error| Error::bug(format!("no thread for the log: {error}")))?;
-        Ok(Self { buffer, shared, taken, spill_limit })
+        Ok(Self { buffer, shared, pause, taken, spill_limit })
     }
 }
 
@@ -172,10 +177,11 @@ impl ChangeLog for PostgresLog {
 
     fn load(&self) -> LogLoad {
         LogLoad {
-            memory: (self.buffer.bytes() + self.taken.memory()) as u64,
+            memory: self.buffer.budget().used() as u64,
+            memory_limit: self.buffer.budget().limit() as u64,
             spilled: self.taken.disk(),
             spill_limit: self.spill_limit,
-            notice: guard(&self.shared.notice).clone(),
+            notice: self.pause.notice(),
         }
     }
 }

@@ -1,19 +1,20 @@
 //! How the log's session is made, and made again with or without streaming.
 
 use super::LogConfig;
+use super::pause::{Paused, Until};
 use crate::connectors::postgres::connect::{Side, connect};
 use crate::connectors::postgres::lsn::Lsn;
 use crate::connectors::postgres::replication::{CopyBoth, ReplicationClient, StreamFormat, SystemIdentity, connect_replication};
 use crate::connectors::postgres::source::{APPLICATION_NAME, answer};
 use crate::connectors::postgres::sql::quote_literal;
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::Notice;
 use crate::engine::table::MappedTable;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 /// How long the server may take to notice that the session before has ended.
 const RELEASE_LIMIT: Duration = Duration::from_secs(30);
@@ -83,46 +84,59 @@ impl Opener {
         let sql = format!("SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {}", quote_literal(slot));
         let confirmed = client.simple_query(&sql).await?.into_iter().flatten().next().flatten();
         let confirmed: Option<Lsn> = confirmed.and_then(|confirmed| confirmed.parse().ok());
-        let is_same = (&found.system_identifier, found.timeline) == (&self.server.system_identifier, self.server.timeline);
-        if is_same && confirmed.is_some_and(|confirmed| confirmed <= from) {
+        if found.is_same(&self.server) && confirmed.is_some_and(|confirmed| confirmed <= from) {
             return Ok(client);
         }
         Err(Error::retry(reason::SOURCE_UNREACHABLE, format!("the source or its slot {slot} is another one now")))
     }
 
-    /// Waits, beside everything else, for the end of a transaction.
-    pub(super) fn wait_for_end(&self, xid: u32) -> Awaited {
-        self.wait(Duration::ZERO, Some(xid))
+    /// What a session begins with: whether an earlier one has paused streaming.
+    pub(super) fn paused(&self) -> Option<Awaited> {
+        self.config.pause.on(&self.server).map(|paused| self.wait(paused))
     }
 
-    /// Waits, beside everything else, for a time.
-    pub(super) fn wait_for_time(&self, time: Duration) -> Awaited {
-        self.wait(time, None)
+    /// Pauses streaming, for the sessions that follow too.
+    pub(super) fn pause(&self, notice: Notice, until: Until) -> Awaited {
+        let paused = Paused::new(notice, &self.server, until);
+        self.config.pause.begin(paused.clone());
+        self.wait(paused)
     }
 
-    fn wait(&self, time: Duration, xid: Option<u32>) -> Awaited {
-        let behind = Arc::new(AtomicU64::new(u64::MAX));
-        let (config, found) = (Arc::clone(&self.config), Arc::clone(&behind));
+    /// Streaming goes on.
+    pub(super) fn end_pause(&self) {
+        self.config.pause.end();
+    }
+
+    /// Waits beside everything else.
+    fn wait(&self, paused: Paused) -> Awaited {
+        let (config, waited) = (Arc::clone(&self.config), paused.clone());
         let task = self.runtime.spawn(async move {
-            sleep(time).await;
-            let position = position_behind(&config, xid).await;
-            found.store(position.0, Ordering::Release);
+            if waited.has_come() {
+                return;
+            }
+            let xid = match waited.until() {
+                Until::EndOf(xid) => Some(xid),
+                Until::Time(time) => {
+                    sleep_until(time).await;
+                    None
+                }
+            };
+            waited.came(position_behind(&config, xid).await);
         });
-        Awaited { behind, task }
+        Awaited { paused, task }
     }
 }
 
 /// Something on the source that is waited for.
 pub(super) struct Awaited {
-    /// A position behind it, as soon as that is known.
-    behind: Arc<AtomicU64>,
+    paused: Paused,
     task: JoinHandle<()>,
 }
 
 impl Awaited {
     /// Whether it lies before this position.
     pub(super) fn was_before(&self, position: Lsn) -> bool {
-        position.0 >= self.behind.load(Ordering::Acquire)
+        self.paused.was_before(position)
     }
 }
 

@@ -9,6 +9,7 @@ use super::buffer::Buffer;
 use super::feed::Feed;
 use super::input::Input;
 use super::opener::{Awaited, Opener};
+use super::pause::Until;
 use super::streams::{NoRoom, Trouble};
 use super::{Shared, guard};
 use crate::connectors::postgres::connect::{BlockingTransport, Side};
@@ -107,8 +108,15 @@ struct Intake {
 }
 
 impl Reader {
-    /// A reader of a stream that has just begun.
-    pub(super) fn new(copy: CopyBoth, feed: Feed, buffer: Arc<Buffer>, opener: Opener, feedback_interval: Duration) -> Result<Self> {
+    /// A reader of a stream that has just begun, without streaming when something is awaited.
+    pub(super) fn new(
+        copy: CopyBoth,
+        feed: Feed,
+        buffer: Arc<Buffer>,
+        opener: Opener,
+        awaited: Option<Awaited>,
+        feedback_interval: Duration,
+    ) -> Result<Self> {
         let from = feed.assembler.received();
         let (connection, socket) = Connection::new(copy, from, opener.is_near())?;
         let intake = Intake {
@@ -116,14 +124,14 @@ impl Reader {
             buffer,
             shared: Arc::new(Shared::new(from, socket)),
             parts: Vec::new(),
-            is_streaming: true,
+            is_streaming: awaited.is_none(),
             fallback: None,
             server_end: from,
             reply_requested: true, // the first update goes out at once
             handed_over: from,
             idle_at: None,
         };
-        Ok(Self { connection, intake, opener, feedback_interval, awaited: None, last_data: None, burst: 0 })
+        Ok(Self { connection, intake, opener, feedback_interval, awaited, last_data: None, burst: 0 })
     }
 
     /// What the consumer shares with the reader.
@@ -153,7 +161,7 @@ impl Reader {
                 self.stop_streaming(&fallback)?;
             } else if self.can_stream_again() {
                 self.stream_again()?;
-            } else if self.intake.wait_for_space() {
+            } else if self.intake.wait_for_room() {
                 self.read()?;
             }
         }
@@ -167,27 +175,26 @@ impl Reader {
 
     /// Goes on without slices: the server keeps large transactions until they end.
     fn stop_streaming(&mut self, fallback: &Fallback) -> Result<()> {
-        let (notice, awaited) = match fallback {
+        let (notice, until) = match fallback {
             Fallback::NoRoom(NoRoom { xid, bytes, cause }) => {
                 let message = format!(
                     "the spill is full: {cause}; most of it is transaction {xid} with {} MiB; until that is over, large transactions wait on the source and come whole",
                     bytes >> 20
                 );
-                (Notice { reason: reason::SPILL_FULL, message }, self.opener.wait_for_end(*xid))
+                (Notice { reason: reason::SPILL_FULL, message }, Until::EndOf(*xid))
             }
             Fallback::Defect(error) => {
                 let message = format!(
                     "large transactions wait on the source and come whole for some minutes, since it can't send one before its end: {}",
                     error.message
                 );
-                (Notice { reason: reason::STREAMING_FAILED, message }, self.opener.wait_for_time(DEFECT_PAUSE))
+                (Notice { reason: reason::STREAMING_FAILED, message }, Until::Time(tokio::time::Instant::now() + DEFECT_PAUSE))
             }
         };
         tracing::warn!(reason = notice.reason, "{}", notice.message);
-        *guard(&self.intake.shared.notice) = Some(notice);
-        self.reopen(false)?;
-        self.awaited = Some(awaited);
-        Ok(())
+        // Noted first: should the next connection fail, the next session must know of it.
+        self.awaited = Some(self.opener.pause(notice, until));
+        self.reopen(false)
     }
 
     fn can_stream_again(&self) -> bool {
@@ -197,9 +204,9 @@ impl Reader {
 
     fn stream_again(&mut self) -> Result<()> {
         tracing::info!("large transactions are received again before they have ended");
-        self.awaited = None;
         self.reopen(true)?;
-        *guard(&self.intake.shared.notice) = None;
+        self.awaited = None;
+        self.opener.end_pause();
         Ok(())
     }
 
@@ -220,7 +227,7 @@ impl Reader {
     fn replay(&mut self) -> Result<()> {
         while self.intake.feed.is_replaying() && !self.intake.buffer.is_closed() {
             self.report()?;
-            if self.intake.wait_for_space() {
+            if self.intake.wait_for_room() {
                 self.intake.replay()?;
             }
         }
@@ -319,9 +326,9 @@ impl Connection {
 }
 
 impl Intake {
-    /// Waits a moment for the consumer when the buffer is full. While it is full, nothing is read, and the server waits.
-    fn wait_for_space(&self) -> bool {
-        self.buffer.wait_for_space(self.feed.assembler.size(), TICK)
+    /// Waits a moment for the consumer when there is no room. Until there is, nothing is read, and the server waits.
+    fn wait_for_room(&self) -> bool {
+        self.buffer.budget().wait_for_room(self.feed.memory(), TICK)
     }
 
     /// Goes on with the last part when the consumer has not taken it.

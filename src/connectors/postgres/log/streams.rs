@@ -107,11 +107,15 @@ impl Streams {
         self.current.is_some()
     }
 
+    /// Memory that is taken, in bytes.
+    pub(super) fn memory(&self) -> usize {
+        self.spill.taken().memory()
+    }
+
     /// Memory and files that are taken, in bytes.
     #[cfg(test)]
     pub(super) fn taken_bytes(&self) -> u64 {
-        let taken = self.spill.taken();
-        taken.memory() as u64 + taken.disk()
+        self.memory() as u64 + self.spill.taken().disk()
     }
 
     fn start(&mut self, xid: u32, is_first: bool) -> Result<()> {

@@ -41,6 +41,14 @@ pub struct SystemIdentity {
     pub flushed: Lsn,
 }
 
+impl SystemIdentity {
+    /// Whether both are the same cluster on the same timeline.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        (&self.system_identifier, self.timeline) == (&other.system_identifier, other.timeline)
+    }
+}
+
 /// A slot that was just made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreatedSlot {

@@ -3,8 +3,9 @@
 use super::super::peer::{Peer, Secrets};
 use super::{child_meta, name};
 use crate::operator::Options;
+use crate::operator::slim::SlimMirror;
+use crate::resources::Worker;
 use crate::resources::names::{RESTART_HASH, selector_labels};
-use crate::resources::{Mirror, Worker};
 use crate::worker::contract::{CONFIG_FOLDER, PORT, SOURCE_FOLDER, STATE_FOLDER, TARGET_FOLDER};
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy};
 use k8s_openapi::api::core::v1::{
@@ -50,7 +51,7 @@ pub struct Image {
 
 impl Image {
     /// The Mirror's own, else the operator's.
-    pub fn of(mirror: &Mirror, options: &Options) -> Self {
+    pub fn of(mirror: &SlimMirror, options: &Options) -> Self {
         let own = mirror.spec.worker.as_ref().and_then(|worker| worker.image.clone());
         Self { name: own.unwrap_or_else(|| options.worker_image.clone()), pull_policy: options.worker_image_pull_policy.clone() }
     }
@@ -58,7 +59,7 @@ impl Image {
 
 /// Hash of the inputs that need a restart: fields of the spec and what is mounted by name. Neither the operator's image nor its way to
 /// render a template, so that upgrading the operator restarts nothing.
-pub fn restart_hash(mirror: &Mirror, source: &Peer, target: &Peer) -> String {
+pub fn restart_hash(mirror: &SlimMirror, source: &Peer, target: &Peer) -> String {
     let default = Worker::default();
     let worker = mirror.spec.worker.as_ref().unwrap_or(&default);
     let inputs = json!({
@@ -79,7 +80,7 @@ pub fn restart_hash(mirror: &Mirror, source: &Peer, target: &Peer) -> String {
 }
 
 /// The Deployment. `release` is shown as a label of the Deployment, never of its pods.
-pub fn deployment(mirror: &Mirror, source: &Peer, target: &Peer, image: &Image, release: &str) -> Deployment {
+pub fn deployment(mirror: &SlimMirror, source: &Peer, target: &Peer, image: &Image, release: &str) -> Deployment {
     let mut metadata = child_meta(mirror);
     let pod_labels = metadata.labels.clone();
     let hash: BTreeMap<_, _> = [(RESTART_HASH.to_owned(), restart_hash(mirror, source, target))].into();
@@ -104,7 +105,7 @@ pub fn deployment(mirror: &Mirror, source: &Peer, target: &Peer, image: &Image, 
     }
 }
 
-fn pod(mirror: &Mirror, source: &Peer, target: &Peer, image: &Image) -> PodSpec {
+fn pod(mirror: &SlimMirror, source: &Peer, target: &Peer, image: &Image) -> PodSpec {
     let default = Worker::default();
     let worker = mirror.spec.worker.as_ref().unwrap_or(&default);
     let resources = resources(worker);
@@ -208,7 +209,7 @@ fn probe(path: &str, period: i32, failures: i32) -> Probe {
     }
 }
 
-fn volumes(mirror: &Mirror, source: &Peer, target: &Peer, resources: &ResourceRequirements) -> Vec<Volume> {
+fn volumes(mirror: &SlimMirror, source: &Peer, target: &Peer, resources: &ResourceRequirements) -> Vec<Volume> {
     let room = resources.requests.as_ref().and_then(|requests| requests.get(STORAGE_KEY)).cloned();
     vec![
         Volume {
@@ -286,10 +287,10 @@ fn label_value(text: &str) -> String {
 #[allow(clippy::needless_pass_by_value)] // documents are written in place
 mod tests {
     use super::*;
-    use crate::operator::mirror::validate::tests::mirror;
+    use crate::operator::mirror::validate::tests::slim;
 
     fn worker(spec: serde_json::Value) -> Worker {
-        mirror(json!({"tables": [{"name": "a"}], "worker": spec})).spec.worker.expect("a worker")
+        slim(json!({"tables": [{"name": "a"}], "worker": spec})).spec.worker.expect("a worker")
     }
 
     #[test]

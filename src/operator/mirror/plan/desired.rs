@@ -2,7 +2,8 @@
 
 use super::super::validate::Validated;
 use super::{child_meta, name, namespace, publication, slot, uid};
-use crate::resources::Mirror;
+use crate::operator::slim::SlimMirror;
+use crate::resources::MirrorSpec;
 use crate::worker::contract::{DESIRED_FILE, Desired, MirrorId, VERSION};
 use k8s_openapi::api::core::v1::ConfigMap;
 
@@ -16,31 +17,31 @@ pub struct Live {
 }
 
 /// The document for a valid spec; its generation is still 0.
-pub fn document(mirror: &Mirror, valid: &Validated, public_keys: Vec<String>) -> Desired {
+pub fn document(mirror: &SlimMirror, spec: &MirrorSpec, valid: Validated, public_keys: Vec<String>) -> Desired {
     Desired {
         contract: VERSION,
         generation: 0,
         mirror: MirrorId { namespace: namespace(mirror).to_owned(), name: name(mirror).to_owned(), uid: uid(mirror).to_owned() },
-        source: valid.source.clone(),
-        target: valid.target.clone(),
+        source: valid.source,
+        target: valid.target,
         slot: slot(mirror),
         publication: publication(mirror),
-        tables: valid.tables.clone(),
-        schemas: valid.schemas.clone(),
-        snapshot: valid.snapshot.clone(),
-        stream: valid.stream.clone(),
-        suspend: mirror.spec.suspend,
+        tables: valid.tables,
+        schemas: valid.schemas,
+        snapshot: valid.snapshot,
+        stream: valid.stream,
+        suspend: spec.suspend,
         public_keys,
     }
 }
 
 /// The last good document under a spec that is not valid: `suspend` is followed all the same, and so are our keys.
-pub fn last_good(mirror: &Mirror, live: &Desired, public_keys: Vec<String>) -> Desired {
-    Desired { suspend: mirror.spec.suspend, public_keys, ..live.clone() }
+pub fn last_good(spec: &MirrorSpec, live: &Desired, public_keys: Vec<String>) -> Desired {
+    Desired { suspend: spec.suspend, public_keys, ..live.clone() }
 }
 
 /// The document with its generation: that of the live one when nothing else differs, else a higher one than the worker has ever had.
-pub fn numbered(document: Desired, mirror: &Mirror, live: &Live) -> Desired {
+pub fn numbered(document: Desired, mirror: &SlimMirror, live: &Live) -> Desired {
     let given = mirror.metadata.generation.unwrap_or_default();
     let generation = match &live.document {
         Some(last) if last.generation >= live.in_effect && same_but_generation(last, &document) => last.generation,
@@ -60,7 +61,7 @@ fn same_but_generation(one: &Desired, other: &Desired) -> bool {
 ///
 /// # Errors
 /// Never in practice: the document is plain data.
-pub fn config_map(mirror: &Mirror, desired: &Desired) -> serde_json::Result<ConfigMap> {
+pub fn config_map(mirror: &SlimMirror, desired: &Desired) -> serde_json::Result<ConfigMap> {
     Ok(ConfigMap {
         metadata: child_meta(mirror),
         data: Some([(DESIRED_FILE.to_owned(), serde_json::to_string(desired)?)].into()),

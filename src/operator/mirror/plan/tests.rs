@@ -3,8 +3,8 @@
 use super::*;
 use crate::operator::mirror::peer::{self, Peer};
 use crate::operator::mirror::validate;
-use crate::operator::mirror::validate::tests::mirror;
-use crate::resources::{Source, Target};
+use crate::operator::mirror::validate::tests::{mirror, slim, slimmed};
+use crate::resources::{Mirror, Source, Target};
 use crate::worker::contract::Desired;
 use k8s_openapi::api::apps::v1::Deployment;
 use serde::Serialize;
@@ -20,9 +20,10 @@ fn peers() -> (Peer, Peer) {
 
 fn planned(mirror: &Mirror) -> (Desired, Deployment) {
     let (source, target) = peers();
-    let valid = validate::validate(mirror, source.endpoint.clone(), target.endpoint.clone()).expect("valid");
-    let desired = numbered(document(mirror, &valid, vec!["key".to_owned()]), mirror, &Live::default());
-    (desired, deployment(mirror, &source, &target, &image("sluice:1"), "1.0.0"))
+    let valid = validate::validate(&mirror.spec, source.endpoint.clone(), target.endpoint.clone()).expect("valid");
+    let slim = slimmed(mirror);
+    let desired = numbered(document(&slim, &mirror.spec, valid, vec!["key".to_owned()]), &slim, &Live::default());
+    (desired, deployment(&slim, &source, &target, &image("sluice:1"), "1.0.0"))
 }
 
 /// Compares with `snapshots/<name>.json`. On purpose nothing rewrites these files: copy what is shown.
@@ -39,8 +40,8 @@ fn a_small_mirror() {
     let (desired, deployment) = planned(&mirror);
     assert_snapshot("desired", include_str!("snapshots/desired.json"), &desired);
     assert_snapshot("deployment", include_str!("snapshots/deployment.json"), &deployment);
-    let map = config_map(&mirror, &desired).expect("a ConfigMap");
-    assert_eq!(map.metadata, child_meta(&mirror));
+    let map = config_map(&slimmed(&mirror), &desired).expect("a ConfigMap");
+    assert_eq!(map.metadata, child_meta(&slimmed(&mirror)));
     let carried: Desired = serde_json::from_str(&map.data.expect("data")["desired.json"]).expect("the document");
     assert_eq!(carried, desired);
 }
@@ -72,6 +73,7 @@ fn the_policy_of_a_namespace() {
 fn the_generation_moves_only_with_the_content() {
     let mirror = mirror(json!({"tables": [{"name": "users"}]}));
     let (first, _) = planned(&mirror);
+    let mirror = slimmed(&mirror);
     assert_eq!(first.generation, 3, "that of the Mirror at first");
     let live = |document: &Desired, in_effect| Live { document: Some(document.clone()), in_effect };
     assert_eq!(numbered(first.clone(), &mirror, &live(&first, 3)).generation, 3, "nothing has changed");
@@ -90,15 +92,15 @@ fn a_wrong_spec_still_suspends() {
     let good = mirror(json!({"tables": [{"name": "users"}]}));
     let (live, _) = planned(&good);
     let wrong = mirror(json!({"tables": [{"name": "users"}, {"name": "users"}], "suspend": true}));
-    let kept = last_good(&wrong, &live, vec!["key".to_owned()]);
+    let kept = last_good(&wrong.spec, &live, vec!["key".to_owned()]);
     assert_eq!(kept, Desired { suspend: true, ..live });
 }
 
 #[test]
 fn names_of_slot_and_publication() {
-    let own = mirror(json!({"tables": [{"name": "users"}], "slotName": "s", "publicationName": "p"}));
+    let own = slim(json!({"tables": [{"name": "users"}], "slotName": "s", "publicationName": "p"}));
     assert_eq!((slot(&own).as_str(), publication(&own).as_str()), ("s", "p"));
-    let default = mirror(json!({"tables": [{"name": "users"}]}));
+    let default = slim(json!({"tables": [{"name": "users"}]}));
     assert_eq!(slot(&default), "sluice_6f9619ff_8b86_d011_b42d_00c04fc964ff");
     assert_eq!(publication(&default), slot(&default));
 }
@@ -106,9 +108,9 @@ fn names_of_slot_and_publication() {
 #[test]
 fn only_inputs_that_need_a_restart_move_the_hash() {
     let (source, target) = peers();
-    let base = mirror(json!({"tables": [{"name": "users"}]}));
+    let base = slim(json!({"tables": [{"name": "users"}]}));
     let before = restart_hash(&base, &source, &target);
-    let of = |spec: Value| restart_hash(&mirror(spec), &source, &target);
+    let of = |spec: Value| restart_hash(&slim(spec), &source, &target);
     let tables = json!([{"name": "users"}]);
     for hot in [
         json!({"tables": [{"name": "others"}]}),
@@ -144,6 +146,6 @@ fn only_inputs_that_need_a_restart_move_the_hash() {
 fn the_image_is_the_mirrors_or_the_operators() {
     let mut options = crate::operator::options::tests::parse(&[]);
     options.worker_image = "operator:2".into();
-    assert_eq!(Image::of(&mirror(json!({"tables": [{"name": "a"}]})), &options).name, "operator:2");
-    assert_eq!(Image::of(&mirror(json!({"tables": [{"name": "a"}], "worker": {"image": "own"}})), &options).name, "own");
+    assert_eq!(Image::of(&slim(json!({"tables": [{"name": "a"}]})), &options).name, "operator:2");
+    assert_eq!(Image::of(&slim(json!({"tables": [{"name": "a"}], "worker": {"image": "own"}})), &options).name, "own");
 }

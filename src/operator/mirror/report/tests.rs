@@ -1,7 +1,7 @@
 //! Every situation in `docs/src/operations/status.md`.
 
 use super::*;
-use crate::operator::mirror::validate::tests::mirror as parsed;
+use crate::operator::mirror::validate::tests::slim;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).expect("a time")
 }
 
-fn mirror(suspend: bool) -> Mirror {
-    parsed(json!({"tables": [{"name": "users"}], "suspend": suspend}))
+fn mirror(suspend: bool) -> SlimMirror {
+    slim(json!({"tables": [{"name": "users"}], "suspend": suspend}))
 }
 
 fn said(phase: &str, more: Value) -> Status {
@@ -27,6 +27,10 @@ fn observed(worker: Worker) -> Observed {
 
 fn cannot_start(lasts: bool) -> Worker {
     Worker::CannotStart { why: "w".into(), lasts }
+}
+
+fn keeps_ending(lasts: bool) -> Worker {
+    Worker::KeepsEnding { why: "w".into(), lasts }
 }
 
 fn answers(phase: &str, more: Value) -> Observed {
@@ -52,7 +56,7 @@ fn summary(status: &MirrorStatus) -> String {
     )
 }
 
-fn reported(mirror: &Mirror, problem: Option<&Problem>, observed: &Observed) -> MirrorStatus {
+fn reported(mirror: &SlimMirror, problem: Option<&Problem>, observed: &Observed) -> MirrorStatus {
     report(&Facts { mirror, problem, observed, told: Some(3) }, at(100))
 }
 
@@ -75,6 +79,8 @@ fn a_notice_is_the_reason_of_ready() {
     let told = news(&reported(&mirror(false), None, &answers("Streaming", json!({}))).conditions, &status).len();
     assert_eq!(told, 1);
     assert_eq!(short(false, None, &answers("Copying", notice)), "False Copying True False False Copying");
+    let danger = json!({"notice": {"reason": "SlotAtRisk", "message": "little is left"}});
+    assert_eq!(short(true, None, &answers("Suspended", danger)), "True SlotAtRisk False False False Suspended");
 }
 
 #[test]
@@ -89,8 +95,9 @@ fn the_table_of_the_book() {
         ("False WorkerStarting True False False Pending", short(false, None, &absent())),
         ("False WorkerStarting True False False Pending", short(false, None, &observed(Worker::Starting("w".into())))),
         ("False WorkerFailed True False False Pending", short(false, None, &observed(cannot_start(false)))),
-        ("False WorkerFailed False True False Pending", short(false, None, &observed(cannot_start(true)))),
-        ("False WorkerFailed True False False Retrying", short(false, None, &observed(Worker::KeepsEnding("w".into())))),
+        ("False WorkerCannotStart False True False Pending", short(false, None, &observed(cannot_start(true)))),
+        ("False WorkerFailed True False False Retrying", short(false, None, &observed(keeps_ending(false)))),
+        ("False WorkerCrashLooping False True False Retrying", short(false, None, &observed(keeps_ending(true)))),
         ("False WorkerUnreachable True False Unknown Pending", short(false, None, &observed(Worker::Unreachable("w".into())))),
         ("Unknown WorkerOutdated False False Unknown Pending", short(false, None, &observed(Worker::Outdated("w".into())))),
         ("False Starting True False False Starting", short(false, None, &answers("Starting", none.clone()))),
@@ -187,7 +194,7 @@ fn what_was_reached_is_not_forgotten() {
 fn a_repeated_report_is_the_same() {
     let mut mirror = mirror(false);
     for observed in [absent(), answers("Copying", json!({})), answers("Streaming", json!({})), observed(Worker::Unreachable("w".into()))] {
-        let facts = |mirror: &Mirror, now| report(&Facts { mirror, problem: None, observed: &observed, told: Some(3) }, at(now));
+        let facts = |mirror: &SlimMirror, now| report(&Facts { mirror, problem: None, observed: &observed, told: Some(3) }, at(now));
         mirror.status = Some(facts(&mirror, 1));
         assert_eq!(mirror.status, Some(facts(&mirror, 2)));
     }

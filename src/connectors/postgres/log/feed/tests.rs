@@ -1,6 +1,6 @@
 use super::history::{Record, Server, history};
 use super::*;
-use crate::connectors::postgres::pgoutput::streamed::tests as streamed;
+use crate::connectors::postgres::pgoutput::streamed::{Framing, tests as streamed};
 use crate::connectors::postgres::pgoutput::tests::{COLUMNS, begin, commit, relation, row, show, table};
 use crate::engine::roles::BatchLimits;
 use crate::engine::spill::{Disk, Spill};
@@ -65,11 +65,27 @@ fn transaction(rows: &mut Vec<String>, end: Lsn) -> Option<String> {
 }
 
 /// The parts of all messages, the last one included.
-fn parts(messages: &[Vec<u8>], spill: Spill) -> (Vec<Part<Lsn>>, Feed) {
+fn parts(messages: &[Vec<u8>], spill: Spill) -> Result<(Vec<Part<Lsn>>, Feed), Trouble> {
     let (mut feed, mut out) = (feed(spill), Vec::new());
-    messages.iter().for_each(|message| give(&mut feed, message, &mut out).unwrap());
+    messages.iter().try_for_each(|message| give(&mut feed, message, &mut out))?;
     out.extend(feed.assembler.take_whole());
-    (out, feed)
+    Ok((out, feed))
+}
+
+/// The transactions of a history as a server sends them that streams none.
+fn unstreamed(history: &[Record], random: &mut SmallRng) -> Vec<String> {
+    let messages = Server::send(history, 0, 0.0, random);
+    rows_only(transactions(&parts(&messages, Spill::open(0, None)).unwrap().0))
+}
+
+/// How what becomes of messages differs from what is expected, or what of them stays behind.
+fn difference(messages: &[Vec<u8>], spill: Spill, expected: &[String]) -> Option<String> {
+    let (parts, feed) = match parts(messages, spill) {
+        Ok(taken) => taken,
+        Err(trouble) => return Some(format!("{trouble:?}")),
+    };
+    let (found, left) = (rows_only(transactions(&parts)), feed.streams.taken_bytes());
+    (found != expected || left > 0).then(|| format!("{left} bytes are left; {found:#?} and not {expected:#?}"))
 }
 
 /// Messages of our own come once per part: which part depends on its cut.
@@ -107,8 +123,7 @@ fn compare(seed: u64, seen: &mut Seen) {
     let mut random = SmallRng::seed_from_u64(seed);
     let length = random.random_range(1..120);
     let history = history(&mut random, length);
-    let unstreamed = Server::send(&history, 0, 0.0, &mut random);
-    let expected = rows_only(transactions(&parts(&unstreamed, Spill::open(0, None)).0));
+    let expected = unstreamed(&history, &mut random);
 
     let likely = *[0.05, 0.3, 1.0].get(random.random_range(0..3usize)).unwrap();
     let messages = Server::send(&history, 0, likely, &mut random);
@@ -117,16 +132,12 @@ fn compare(seed: u64, seen: &mut Seen) {
     seen.slices += messages.iter().filter(|message| message[0] == b'S').count();
 
     let in_memory = Spill::open(1 << 20, None);
-    let (streamed, feed) = parts(&messages, in_memory);
-    assert_eq!(rows_only(transactions(&streamed)), expected);
-    assert_eq!(feed.streams.taken_bytes(), 0, "nothing is left");
+    assert_eq!(difference(&messages, in_memory, &expected), None);
 
     if random.random_bool(0.1) {
         let folder = tempfile::tempdir().unwrap();
         let disk = Disk { folder: folder.path().join("spill"), limit: 1 << 20 };
-        let (streamed, feed) = parts(&messages, Spill::open(0, Some(&disk)));
-        assert_eq!(rows_only(transactions(&streamed)), expected);
-        assert_eq!(feed.streams.taken_bytes(), 0, "nothing is left");
+        assert_eq!(difference(&messages, Spill::open(0, Some(&disk)), &expected), None);
         seen.on_disk += 1;
     }
     if likely > 0.05 && random.random_bool(0.5) {
@@ -166,6 +177,31 @@ fn overflow(history: &[Record], messages: &[Vec<u8>], expected: &[String], rando
     false
 }
 
+/// A test of the test: with either rule broken (a roll-back of a subtransaction is ignored, or one of a whole transaction), the comparison
+/// shows it. Ignoring a message is the same as never hearing it.
+#[test]
+fn an_ignored_roll_back_is_noticed() {
+    for whole in [false, true] {
+        let is_ignored = |message: &Vec<u8>| match Framing::read(message).unwrap() {
+            Some(Framing::Abort { xid, subxid }) => (xid == subxid) == whole,
+            _ => false,
+        };
+        let (mut ignored, mut noticed) = (0, 0);
+        for seed in 0..300 {
+            let mut random = SmallRng::seed_from_u64(seed);
+            let history = history(&mut random, 100);
+            let expected = unstreamed(&history, &mut random);
+            let messages = Server::send(&history, 0, 0.5, &mut random);
+            assert_eq!(difference(&messages, Spill::open(1 << 20, None), &expected), None);
+            let heard: Vec<Vec<u8>> = messages.iter().filter(|message| !is_ignored(message)).cloned().collect();
+            ignored += usize::from(heard.len() < messages.len());
+            noticed += usize::from(difference(&heard, Spill::open(1 << 20, None), &expected).is_some());
+        }
+        // Some roll back nothing but rows of other tables.
+        assert!(ignored > 100 && noticed * 10 > ignored * 7, "whole {whole}: {noticed} of {ignored} were noticed");
+    }
+}
+
 #[test]
 fn the_last_message_of_our_own_counts_unless_it_was_rolled_back() {
     let message =
@@ -179,7 +215,7 @@ fn the_last_message_of_our_own_counts_unless_it_was_rolled_back() {
         streamed::abort(5, 7),
         streamed::commit(5, 0x20),
     ];
-    let heartbeat = parts(&messages, Spill::open(1 << 20, None)).0[0].heartbeat.clone().unwrap();
+    let heartbeat = parts(&messages, Spill::open(1 << 20, None)).unwrap().0[0].heartbeat.clone().unwrap();
     assert_eq!((heartbeat.content.as_str(), heartbeat.end), ("kept", Lsn(0x20)));
 }
 
@@ -188,7 +224,7 @@ fn a_large_streamed_transaction_comes_in_open_parts() {
     let mut messages = vec![streamed::start(5, true), streamed::inside(5, &relation(7, "t", b'd', &COLUMNS))];
     messages.extend((0..7).map(|id| streamed::inside(5, &row(b'I', 7, &[(b'N', &[Some(&id.to_string()), None])]))));
     messages.extend([streamed::stop(), begin(0xB), commit(0x10), streamed::commit(5, 0x20)]);
-    let (parts, _) = parts(&messages, Spill::open(1 << 20, None));
+    let (parts, _) = parts(&messages, Spill::open(1 << 20, None)).unwrap();
     let shown: Vec<_> = parts.iter().map(|part| (part.batch.changes().len(), part.open_from, part.continues, part.received)).collect();
     let from = Some(Lsn(0x1B));
     assert_eq!(shown, [(3, from, false, Lsn(0x10)), (3, from, true, Lsn(0x10)), (1, None, true, Lsn(0x20))]);

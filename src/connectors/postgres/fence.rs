@@ -1,0 +1,163 @@
+//! Who may change the source for a stream: publication and slot.
+//!
+//! A claim on the target fences what is written there, not what an old worker still does on the source: a statement that it has
+//! sent may be waiting for a lock, the making of a slot for old transactions. So everything that changes the source runs on
+//! sessions that hold a session-level advisory lock of the stream. Whoever has claimed the stream on the target takes the locks
+//! next; the sessions that hold them are ended, since their claim is over. Only then does it look at the source.
+//!
+//! Why this is enough:
+//! * a lock goes when its session ends, and the server ends a session's transaction before it lets go of its locks: what the old
+//!   session had begun is then committed or rolled back, and what it has not sent can't run any more;
+//! * a claim is looked at after its locks were taken: whoever claims later finds them held, and waits until they are gone;
+//! * a holder is ended only if the claim still stands *after* the holder was seen. A successor claims before it locks, so that a
+//!   worker which has lost its claim never ends its successor's session.
+//!
+//! There are two locks, since statements and the making of slots need sessions of different kinds. The key is the slot's name
+//! (advisory locks belong to a database): the first eight bytes of the SHA-256 of `sluice statements SLOT` and `sluice slots
+//! SLOT`. The locks are of no use through a pooler; neither is replication.
+
+use super::connect::{Session, Side};
+use super::replication::ReplicationClient;
+use super::source::answer;
+use crate::engine::error::{Error, Result, reason};
+use crate::engine::roles::Proof;
+use sha2::{Digest as _, Sha256};
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_postgres::types::ToSql;
+
+/// How long ended sessions may take to be gone.
+const RELEASE_LIMIT: Duration = Duration::from_secs(15);
+/// Pause between two tries to get the locks.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The locks of one stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Keys {
+    statements: i64,
+    slots: i64,
+}
+
+impl Keys {
+    fn of(slot: &str) -> Self {
+        let key = |what: &str| {
+            let hash = Sha256::digest(format!("sluice {what} {slot}"));
+            hash.iter().take(8).fold(0, |key: u64, byte| key << 8 | u64::from(*byte)).cast_signed()
+        };
+        Self { statements: key("statements"), slots: key("slots") }
+    }
+}
+
+/// A session that holds a lock.
+struct Holder {
+    pid: i32,
+    /// With the pid, names one session for ever. Hidden from roles that may not end it either.
+    started: Option<String>,
+    who: String,
+}
+
+/// Takes both locks, each for the session that will change the source: `statements` with SQL, `slots` by making slots. The
+/// locks last as long as the sessions. When this returns, nobody else changes the source for this slot, and whoever does so
+/// later has claimed the stream later.
+///
+/// # Errors
+/// Class `Fenced` when the claim is lost; [`reason::SLOT_IN_USE`], class `Retry`, when a holder can't be ended.
+pub(super) async fn take(statements: &Session, slots: &mut ReplicationClient, slot: &str, claim: &mut impl Proof) -> Result<()> {
+    let keys = Keys::of(slot);
+    let deadline = Instant::now() + RELEASE_LIMIT;
+    loop {
+        // A session that has the lock already is given it once more.
+        let (first, second) = futures::future::try_join(try_lock(statements, keys.statements), try_lock_slots(slots, keys.slots)).await?;
+        let taken: Vec<i64> =
+            [(keys.statements, first), (keys.slots, second)].iter().filter(|(_, got)| !got).map(|(key, _)| *key).collect();
+        if taken.is_empty() {
+            return claim.prove().await;
+        }
+        end_holders(statements, slot, &taken, claim, deadline).await?;
+    }
+}
+
+/// Takes both locks for one session, whoever holds them: the stream itself is to end.
+///
+/// # Errors
+/// As [`take`].
+pub(super) async fn take_for_good(session: &Session, slot: &str) -> Result<()> {
+    /// Nobody claims a stream that is being removed.
+    struct Unopposed;
+    impl Proof for Unopposed {
+        async fn prove(&mut self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    let keys = Keys::of(slot);
+    let deadline = Instant::now() + RELEASE_LIMIT;
+    for key in [keys.statements, keys.slots] {
+        while !try_lock(session, key).await? {
+            end_holders(session, slot, &[key], &mut Unopposed, deadline).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn try_lock(session: &Session, key: i64) -> Result<bool> {
+    const LOCK: &str = "SELECT pg_try_advisory_lock($1)";
+    Ok(answer(Side::Source, "take the source's set-up", session.query_one(LOCK, &[&key])).await?.get(0))
+}
+
+async fn try_lock_slots(client: &mut ReplicationClient, key: i64) -> Result<bool> {
+    let rows = client.simple_query(&format!("SELECT pg_catalog.pg_try_advisory_lock({key})")).await?;
+    Ok(rows.into_iter().flatten().next().flatten().as_deref() == Some("t"))
+}
+
+/// Ends the sessions that hold these locks, and gives them a moment to go.
+async fn end_holders(session: &Session, slot: &str, keys: &[i64], claim: &mut impl Proof, deadline: Instant) -> Result<()> {
+    let seen = holders(session, keys).await?;
+    // After they were seen: none of them is a successor's.
+    claim.prove().await?;
+    for Holder { pid, started, who } in seen {
+        let in_the_way = |why: &str| {
+            let message =
+                format!("process {pid} ({who}) still sets up slot {slot} for another worker and {why}: SELECT pg_terminate_backend({pid})");
+            Err(Error::retry(reason::SLOT_IN_USE, message))
+        };
+        if Instant::now() > deadline {
+            return in_the_way("does not end");
+        }
+        let Some(started) = started else { return in_the_way("may not be ended by this role") };
+        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start::text = $2";
+        let parameters: [&(dyn ToSql + Sync); 2] = [&pid, &started];
+        if let Err(error) = answer(Side::Source, "end an old worker's session", session.query(end, &parameters)).await {
+            return if error.reason == reason::PRIVILEGE_MISSING { in_the_way("may not be ended by this role") } else { Err(error) };
+        }
+    }
+    tokio::time::sleep(PAUSE).await;
+    Ok(())
+}
+
+async fn holders(session: &Session, keys: &[i64]) -> Result<Vec<Holder>> {
+    // A key of 64 bits is shown in two halves (manual: "pg_locks").
+    const HOLDERS: &str = "SELECT l.pid, a.backend_start::text, concat_ws(', ', a.application_name, a.usename)
+        FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+        WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND (l.classid::int8 << 32 | l.objid::int8) = ANY($1) ORDER BY l.pid";
+    let rows = answer(Side::Source, "look who sets up the slot", session.query(HOLDERS, &[&keys])).await?;
+    Ok(rows.iter().map(|row| Holder { pid: row.get(0), started: row.get(1), who: row.get(2) }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_slot_has_keys_of_its_own() {
+        let (keys, other) = (Keys::of("s"), Keys::of("t"));
+        assert_eq!(keys, Keys::of("s"));
+        assert!(keys.statements != keys.slots && keys.statements != other.statements && keys.slots != other.slots);
+        // `printf 'sluice statements s' | sha256sum`: workers of all builds must agree.
+        assert_eq!(keys.statements as u64, u64::from_str_radix(STATEMENTS_OF_S, 16).unwrap());
+    }
+
+    const STATEMENTS_OF_S: &str = "c14fb064203c5779";
+}
