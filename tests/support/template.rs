@@ -38,7 +38,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
 }
 
 fn copy(from: &Path, to: &Path) {
-    run(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to));
+    run(Command::new("cp").args(["-a", "--sparse=always"]).arg(from).arg(to));
 }
 
 /// The folder to copy from, made when it is not there for this very program.
