@@ -199,11 +199,28 @@ pub struct Heartbeat<P> {
     pub end: P,
 }
 
+/// What a part has to do with a transaction that has not ended on the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Early {
+    /// All its changes belong to it, and nobody knows yet whether it will be committed. Its pieces follow one another, the first
+    /// continues nothing; other parts lie between them.
+    Piece {
+        /// Numbers what is tried: one transaction at a time, and none twice on one connection.
+        attempt: u64,
+    },
+    /// It comes to nothing, or whole when it has ended: what was written of it must be rolled back. Holds no changes.
+    Dropped,
+}
+
 /// What a change log hands out: whole transactions, or a piece of one that is larger than a batch.
 ///
 /// Changes after the last boundary belong to a transaction whose end follows in a later part. A part that continues such
 /// a transaction and holds its end holds nothing behind that end, so that a target transaction can always be committed
 /// at the end of a part that is not `open`.
+///
+/// A log may hand over pieces of one transaction before its end is known, when it was told that they are wanted
+/// ([`super::roles::ChangeLog::want_early`]). A part that continues a transaction while none is open continues theirs: it has
+/// ended, and the rest follows like that of any other.
 #[derive(Debug)]
 pub struct Part<P> {
     /// The changes.
@@ -221,6 +238,8 @@ pub struct Part<P> {
     pub received: P,
     /// The last message of our own among the transactions that end in the part.
     pub heartbeat: Option<Heartbeat<P>>,
+    /// The part is about a transaction that has not ended on the source.
+    pub early: Option<Early>,
     /// Counts its memory for as long as anybody holds it.
     pub permit: Permit,
 }
@@ -236,8 +255,14 @@ impl<P> Part<P> {
             open_from: None,
             received,
             heartbeat: None,
+            early: None,
             permit: Permit::default(),
         }
+    }
+
+    /// A part that ends the pieces of a transaction that has not ended.
+    pub fn dropped(received: P) -> Self {
+        Self { early: Some(Early::Dropped), ..Self::idle(received) }
     }
 
     /// Where the checkpoint stands when the part is applied: the end of its last transaction, or what was received.
@@ -247,6 +272,6 @@ impl<P> Part<P> {
 
     /// Nothing happened: only the position moved.
     pub fn is_idle(&self) -> bool {
-        self.batch.is_empty() && self.boundaries.is_empty() && !self.open
+        self.batch.is_empty() && self.boundaries.is_empty() && !self.open && self.early.is_none()
     }
 }

@@ -18,6 +18,7 @@ use std::cmp::Ordering::{Equal, Less};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio_util::sync::CancellationToken;
 
 /// What a stream shall do.
@@ -122,16 +123,17 @@ where
     };
     let (ready, claim) = ready;
     let tables = ready.tables.clone();
+    let related = AtomicBool::new(false);
     tokio::select! {
         biased;
-        ended = follow(&**source, ready, config.limits, progress, stop) => ended,
-        never = relate(&**target, &claim, &tables, progress) => match never {},
+        ended = follow(&**source, ready, config.limits, progress, stop, &related) => ended,
+        never = relate(&**target, &claim, &tables, progress, &related) => match never {},
     }
 }
 
-/// Foreign keys come when every table follows, and the stream does not wait for them. Never ends, so that the stream's end is
-/// the session's.
-async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], progress: &Progress) -> Infallible {
+/// Foreign keys come when every table follows, and the stream does not wait for them. `related`: none are to be made any more. Never
+/// ends, so that the stream's end is the session's.
+async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], progress: &Progress, related: &AtomicBool) -> Infallible {
     let mut backoff = Backoff::new(claim.epoch.unsigned_abs());
     while let Some(first) = tables.iter().find(|table| !table.structure.foreign_keys.is_empty()) {
         progress.streaming().await;
@@ -148,6 +150,7 @@ async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], pr
             }
         }
     }
+    related.store(true, Ordering::Release);
     std::future::pending().await
 }
 

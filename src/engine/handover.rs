@@ -60,6 +60,12 @@ impl<P: Position> Handover<P> {
         })
     }
 
+    /// Ids of the tables that follow the stream: what is not applied yet is due.
+    pub fn joined(&self) -> impl Iterator<Item = u32> {
+        let joined = |table: &Following<P>| !table.error && table.right_up_to.is_none();
+        self.tables.iter().filter(move |(_, table)| joined(table)).map(|(id, _)| *id)
+    }
+
     /// Whether any table waits to join.
     pub fn is_catching_up(&self) -> bool {
         self.tables.values().any(|table| !table.error && table.right_up_to.is_some())

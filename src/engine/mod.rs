@@ -13,6 +13,7 @@ pub mod batch;
 pub mod budget;
 pub mod coalesce;
 mod copy;
+mod early;
 pub mod error;
 pub mod flow;
 pub mod handover;

@@ -65,6 +65,8 @@ pub struct View {
     pub batches: u64,
     /// Bytes of the parts applied.
     pub bytes_applied: u64,
+    /// Bytes of changes that are written of a transaction which has not ended on the source.
+    pub early_bytes: u64,
     /// All tables have been copied.
     pub snapshot_completed: bool,
     /// Every table follows the stream.
@@ -282,6 +284,10 @@ impl Progress {
 
     pub(super) fn set_load(&self, load: LogLoad) {
         self.state().view.load = load;
+    }
+
+    pub(super) fn set_early(&self, bytes: usize) {
+        self.state().view.early_bytes = bytes as u64;
     }
 
     /// Shows what the source keeps; `None` when it can't be asked.

@@ -8,7 +8,7 @@ use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
 use bytes::Bytes;
 use futures::Stream;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -246,6 +246,19 @@ pub trait ChangeLog: Send + 'static {
 
     /// Confirms what is durable on the target. Feedback itself runs in a task of its own.
     fn confirm(&self, durable: &Self::Position);
+
+    /// Of which tables (by id) rows are wanted before it is known what becomes of their transaction ([`super::batch::Early::Piece`]); of none
+    /// before the first call. Each piece is answered by [`Self::early`].
+    fn want_early(&self, _tables: HashSet<u32>) {}
+
+    /// What became of a piece: it is written, or all of its transaction that was is rolled back; then no more of it comes before its
+    /// end, and then all of it.
+    ///
+    /// # Errors
+    /// Class `Retry`: it is too late to roll back, since the rest is on its way.
+    fn early(&self, _attempt: u64, _written: bool) -> Result<()> {
+        Ok(())
+    }
 
     /// How often the log has described a table so far. A new description is a sign that something about tables has changed.
     fn announced(&self) -> u64;
@@ -492,13 +505,34 @@ pub trait Apply: Proof + 'static {
     /// Parts may be written side by side, as far as the rows left behind are the same as one after the other; they are
     /// committed strictly in the order in which they were accepted. [`Self::applied`] gives the outcome of each.
     ///
-    /// A part with `joined` tables is accepted only when nothing is in flight.
+    /// A part with `joined` tables is accepted only when nothing is in flight. A part that continues a transaction while none is
+    /// open continues that of the pieces.
     fn apply(
         &mut self,
         part: Arc<Part<Self::Position>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
     ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Tables (by id) of which rows can be written before it is known what becomes of their transaction: rows that come, and
+    /// that are in nobody's way until then.
+    fn early_tables(&self) -> HashSet<u32> {
+        HashSet::new()
+    }
+
+    /// Begins to write a piece of a transaction that has not ended ([`super::batch::Early::Piece`]), all of it, beside all parts that are
+    /// accepted later. `false`: it is not written.
+    fn apply_early(&mut self, _piece: Arc<Part<Self::Position>>) -> impl Future<Output = Result<bool>> + Send {
+        std::future::ready(Ok(false))
+    }
+
+    /// Rolls back what was written of the transaction that has not ended. No outcomes of its pieces follow.
+    fn drop_early(&mut self) {}
+
+    /// Waits for the next outcome, of a part as [`Self::applied`] gives it, or of a piece. Safe to cancel.
+    fn outcome(&mut self) -> impl Future<Output = Result<Outcome>> + Send {
+        async { self.applied().await.map(Outcome::Part) }
+    }
 
     /// Whether a part could be begun at once. Until then parts are better left in the log, where small ones grow together.
     fn has_room(&self) -> bool;
@@ -534,6 +568,16 @@ pub struct Applied {
     pub deletes: u64,
     /// The part's transactions are committed.
     pub committed: bool,
+}
+
+/// What was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Of the oldest part in flight.
+    Part(Option<Applied>),
+    /// Of the oldest piece of a transaction that has not ended. `None`: all that was written of it is rolled back, which may happen at
+    /// any time until the transaction's next part is accepted.
+    Early(Option<Applied>),
 }
 
 /// Shared table versions by id.

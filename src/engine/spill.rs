@@ -1,12 +1,15 @@
 //! Records that are kept apart until it is known what becomes of them: in memory up to a bound, beyond that in files.
 //!
-//! Records are gathered in *runs*. A run is appended to, then read once from its front, or freed at any time. When the memory is
-//! full, the largest run moves to disk as a whole; its files are segments that are only appended to and that go one by one as they
+//! Records are gathered in *runs*. A run is appended to, then read once from its front, or freed at any time. Until then what is in it
+//! can be looked at in order (`spill/ahead.rs`). When the memory is full, the largest run moves to disk as a whole; its files are segments that are only appended to and that go one by one as they
 //! are read. Nothing outlives the process or is worth keeping: the folder is emptied when it is opened.
 
+mod ahead;
+
+use ahead::Ahead;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, ErrorKind, Read, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -117,8 +120,14 @@ struct Run {
     next: u64,
     /// Bytes of records.
     length: u64,
+    /// Records.
+    records: u64,
     /// The first segment, when it is being read.
     reading: Option<File>,
+    /// Up to where it was looked at.
+    ahead: Ahead,
+    /// Bytes at the front of the first chunk that are in it no more.
+    gone: usize,
 }
 
 struct Segment {
@@ -177,15 +186,13 @@ impl Spill {
     /// A file can't be read.
     pub fn take(&mut self, run: u32) -> Result<Option<Chunk>, SpillError> {
         let Some(found) = self.runs.get_mut(&run) else { return Ok(None) };
-        if let Some(bytes) = found.read_segments(&self.taken)? {
-            return Ok(Some(Chunk(bytes)));
+        let mut chunk = found.read_segments(&self.taken)?;
+        if chunk.is_none() {
+            chunk = found.pop_chunk(&self.taken);
         }
-        let chunk = found.chunks.pop_front();
-        if let Some(chunk) = &chunk {
-            found.memory -= chunk.capacity();
-            self.taken.memory.fetch_sub(chunk.capacity(), Ordering::Relaxed);
-        } else {
-            self.runs.remove(&run);
+        match &mut chunk {
+            Some(chunk) => drop(chunk.drain(..std::mem::take(&mut found.gone))),
+            None => drop(self.runs.remove(&run)),
         }
         Ok(chunk.map(Chunk))
     }
@@ -211,7 +218,12 @@ impl Spill {
     /// The run with the most bytes of records, and how many.
     #[must_use]
     pub fn largest(&self) -> Option<(u32, u64)> {
-        self.runs.iter().map(|(number, run)| (*number, run.length)).max_by_key(|(_, length)| *length)
+        self.runs().max_by_key(|(_, length)| *length)
+    }
+
+    /// All runs with their bytes of records.
+    pub fn runs(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.runs.iter().map(|(number, run)| (*number, run.length))
     }
 
     /// Moves the run that takes the most memory to disk.
@@ -258,30 +270,42 @@ impl Run {
             chunk.extend_from_slice(record);
         }
         self.length += record.len() as u64;
+        self.records += 1;
         self.memory - before
     }
 
     /// Appends all chunks, `adds` bytes with their lengths, to the last segment or to a new one.
     fn write(&mut self, folder: &Path, number: u32, adds: u64) -> Result<(), (PathBuf, io::Error)> {
+        let in_memory = self.ahead.is_in_memory(&self.segments);
         if self.segments.back().is_none_or(|last| last.length >= SEGMENT) {
             fs::create_dir_all(folder).map_err(|cause| (folder.to_owned(), cause))?;
             let path = folder.join(format!("{number}-{}", self.next));
             self.next += 1;
             self.segments.push_back(Segment { path, length: 0, read: 0 });
         }
+        let last = self.segments.len().saturating_sub(1);
         let Some(segment) = self.segments.back_mut() else { return Ok(()) };
         append(&segment.path, &self.chunks).map_err(|cause| (segment.path.clone(), cause))?;
+        if in_memory {
+            self.ahead.moved(&self.chunks, last, segment.length);
+        }
         segment.length += adds;
         Ok(())
+    }
+
+    /// The first chunk in memory.
+    fn pop_chunk(&mut self, taken: &Taken) -> Option<Vec<u8>> {
+        let chunk = self.chunks.pop_front()?;
+        self.memory -= chunk.capacity();
+        taken.memory.fetch_sub(chunk.capacity(), Ordering::Relaxed);
+        Some(chunk)
     }
 
     /// The next chunk of the segments; one that is read to its end is removed.
     fn read_segments(&mut self, taken: &Taken) -> Result<Option<Vec<u8>>, SpillError> {
         while let Some(segment) = self.segments.front_mut() {
             if segment.read < segment.length {
-                let path = &segment.path;
-                let chunk = read_chunk(path, &mut self.reading, segment.length - segment.read);
-                let chunk = chunk.map_err(|cause| SpillError::Broken { path: path.clone(), cause })?;
+                let chunk = segment.read_chunk(&mut self.reading, segment.read)?;
                 segment.read += (HEADER + chunk.len()) as u64;
                 return Ok(Some(chunk));
             }
@@ -294,6 +318,11 @@ impl Run {
 }
 
 impl Segment {
+    /// The chunk at a place of the file, which is opened when it is not.
+    fn read_chunk(&self, file: &mut Option<File>, at: u64) -> Result<Vec<u8>, SpillError> {
+        read_chunk(&self.path, file, at, self.length - at).map_err(|cause| SpillError::Broken { path: self.path.clone(), cause })
+    }
+
     fn remove(&self, taken: &Taken) {
         // What stays behind is removed with the folder.
         let _ = fs::remove_file(&self.path);
@@ -311,10 +340,14 @@ fn append(path: &Path, chunks: &VecDeque<Vec<u8>>) -> io::Result<()> {
     file.flush()
 }
 
-fn read_chunk(path: &Path, reading: &mut Option<File>, left: u64) -> io::Result<Vec<u8>> {
+fn read_chunk(path: &Path, reading: &mut Option<File>, at: u64, left: u64) -> io::Result<Vec<u8>> {
     let mut file = match reading.take() {
         Some(file) => file,
-        None => File::open(path)?,
+        None => {
+            let mut file = File::open(path)?;
+            file.seek(SeekFrom::Start(at))?;
+            file
+        }
     };
     let mut length = [0; HEADER];
     file.read_exact(&mut length)?;

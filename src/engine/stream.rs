@@ -3,18 +3,23 @@
 //! The applier may hold several parts in flight. What is known of the stream moves only with their outcomes: the
 //! checkpoint of the hand-over is the one that is committed. Whatever else is written (states, joins, an idle stream's
 //! position) waits until nothing is in flight.
+//!
+//! A large transaction of the source may be written while it is open there (`early`). Its pieces stand beside all of this: nothing
+//! waits for them but the rest of their transaction.
 
 use super::batch::Part;
+use super::early::{Early, Step};
 use super::error::{Class, Error, Result};
 use super::flow::{ReadyStream, Stop, left_publication};
 use super::handover::Handover;
 use super::heartbeat::Heartbeat;
 use super::progress::{Phase, Progress};
-use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Source};
+use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Outcome, Source};
 use super::table::{MappedTable, TableState};
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -40,6 +45,14 @@ struct Follower<'a, S: Source, A> {
     in_flight: VecDeque<Arc<Part<S::Position>>>,
     /// A transaction of the source that is larger than a batch and not committed yet.
     open: Option<Open<S::Position>>,
+    /// Whether the last part that was accepted left its transaction open.
+    part_is_open: bool,
+    /// A transaction that is open on the source.
+    early: Early,
+    /// Pieces of it that the applier has accepted and whose outcome is not known yet, in order.
+    early_in_flight: VecDeque<Arc<Part<S::Position>>>,
+    /// Nothing but this stream changes target tables any more: locks may be held on them for long.
+    related: &'a AtomicBool,
     /// An idle source's position that is not in the checkpoint yet.
     idle: Option<S::Position>,
     idle_since: Instant,
@@ -76,13 +89,20 @@ async fn shown<L: ChangeLog, T>(log: &L, progress: &Progress, checkpoint: &L::Po
 /// What made a step.
 enum Event<P> {
     Part(Arc<Part<P>>),
-    Applied(Option<Applied>),
+    Outcome(Outcome),
     Tick,
     Finish,
 }
 
-/// Follows the log until told to end.
-pub(super) async fn follow<S, A>(source: &S, ready: ReadyStream<S, A>, limits: BatchLimits, progress: &Progress, stop: &Stop) -> Result<()>
+/// Follows the log until told to end. `related`: from when on nothing else changes the target's tables.
+pub(super) async fn follow<S, A>(
+    source: &S,
+    ready: ReadyStream<S, A>,
+    limits: BatchLimits,
+    progress: &Progress,
+    stop: &Stop,
+    related: &AtomicBool,
+) -> Result<()>
 where
     S: Source,
     A: Apply<Position = S::Position>,
@@ -104,6 +124,10 @@ where
         progress,
         in_flight: VecDeque::new(),
         open: None,
+        part_is_open: false,
+        early: Early::default(),
+        early_in_flight: VecDeque::new(),
+        related,
         idle: None,
         idle_since: now,
         membership_checked: now,
@@ -139,7 +163,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 // An open transaction is finished first: its rest is on its way.
                 () = stop.finish.cancelled(), if self.open.is_none() => Event::Finish,
                 _ = tick.tick() => Event::Tick,
-                applied = self.applier.applied(), if !self.in_flight.is_empty() => Event::Applied(applied?),
+                outcome = self.applier.outcome(), if !self.in_flight.is_empty() || self.early.is_open() => Event::Outcome(outcome?),
                 part = next(&mut self.log, !self.in_flight.is_empty()), if self.applier.has_room() => Event::Part(Arc::new(part?)),
             };
             match event {
@@ -148,7 +172,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                     return self.confirm().await;
                 }
                 Event::Tick => self.tick().await?,
-                Event::Applied(applied) => self.applied(applied).await?,
+                Event::Outcome(Outcome::Part(applied)) => self.applied(applied).await?,
+                Event::Outcome(Outcome::Early(applied)) => self.early_applied(applied)?,
+                Event::Part(part) if part.early.is_some() => self.apply_early(part).await?,
                 Event::Part(part) if part.is_idle() => self.note_idle(part.received.clone()).await?,
                 Event::Part(part) => self.apply(part).await?,
             }
@@ -157,13 +183,18 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
 
     async fn apply(&mut self, part: Arc<Part<S::Position>>) -> Result<()> {
         let joined = if part.open { Vec::new() } else { self.handover.joining(part.end()) };
-        if !joined.is_empty() || (part.open && !part.continues) {
+        let goes_on_from_early = part.continues && !self.part_is_open;
+        if !joined.is_empty() || goes_on_from_early || (part.open && !part.continues) {
             self.settle().await?;
+        }
+        if goes_on_from_early {
+            self.go_on_from_early();
         }
         let Self { log, progress, handover, applier, .. } = self;
         let due = |table: u32, index: usize| handover.is_due(&part, table, index);
         // It may have to wait for parts in flight.
         shown(log, progress, handover.checkpoint(), applier.apply(Arc::clone(&part), &due, &joined)).await?;
+        self.part_is_open = part.open;
         if part.open {
             let open = self.open.get_or_insert(Open { commit_start: part.open_from.clone(), bytes: 0 });
             open.bytes += part.batch.size();
@@ -173,6 +204,63 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             self.settle().await?;
         }
         Ok(())
+    }
+
+    /// Which tables' rows may be written before their transaction has ended: those of which all that comes is due, and while nothing
+    /// else wants to change the tables.
+    fn want_early(&mut self) {
+        let joined = self.related.load(Ordering::Acquire).then(|| self.handover.joined());
+        let possible = self.applier.early_tables();
+        let tables = joined.into_iter().flatten().filter(|table| possible.contains(table)).collect();
+        if self.early.set_tables(tables) {
+            self.log.want_early(self.early.tables().clone());
+        }
+    }
+
+    /// A part about a transaction that has not ended.
+    async fn apply_early(&mut self, part: Arc<Part<S::Position>>) -> Result<()> {
+        let Some(mark) = part.early else { return Ok(()) };
+        let refused = match self.early.step(&part, mark) {
+            Step::Write(attempt) => {
+                // It may have to wait for parts in flight.
+                let Self { log, progress, handover, applier, .. } = self;
+                if shown(log, progress, handover.checkpoint(), applier.apply_early(Arc::clone(&part))).await? {
+                    self.early_in_flight.push_back(part);
+                    return Ok(());
+                }
+                attempt
+            }
+            Step::Refuse(attempt) => attempt,
+            Step::RollBack => {
+                self.drop_early();
+                return Ok(());
+            }
+        };
+        self.drop_early();
+        self.log.early(refused, false)
+    }
+
+    fn drop_early(&mut self) {
+        self.applier.drop_early();
+        self.early_in_flight.clear();
+        self.early.end();
+    }
+
+    /// The oldest piece is over.
+    fn early_applied(&mut self, applied: Option<Applied>) -> Result<()> {
+        if let Some(applied) = applied {
+            let bytes = self.early_in_flight.pop_front().map_or(0, |part| part.batch.size());
+            return self.early.written(applied, bytes).map_or(Ok(()), |attempt| self.log.early(attempt, true));
+        }
+        self.early_in_flight.clear();
+        self.early.end().map_or(Ok(()), |(attempt, _)| self.log.early(attempt, false))
+    }
+
+    /// The transaction of the pieces has ended, and its rest follows: what was written counts from now on.
+    fn go_on_from_early(&mut self) {
+        if let Some((_, written)) = self.early.end() {
+            self.progress.applied(written.applied, written.bytes, None);
+        }
     }
 
     /// Waits until nothing is in flight.
@@ -248,6 +336,8 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 self.check_membership().await?;
             }
         }
+        self.want_early();
+        self.progress.set_early(self.early.bytes());
         self.confirm().await?;
         self.show_position();
         self.write_heartbeat().await;

@@ -110,6 +110,7 @@ fn encode_running(out: &mut Output<'_>, view: &View) -> fmt::Result {
     if let Some(seconds) = view.lag_seconds {
         out.gauge("lag_seconds", "Age of the last transaction applied while more is waiting; 0 when level", seconds)?;
     }
+    out.gauge("early_bytes", "Changes that are written of a transaction which has not ended on the source", view.early_bytes)?;
     encode_load(out, &view.load)
 }
 

@@ -7,6 +7,7 @@ mod support;
 
 mod claims;
 mod copies;
+mod early;
 mod parallel;
 mod refusals;
 mod writes;

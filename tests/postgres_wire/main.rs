@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod early;
 mod follow;
 mod sessions;
 mod slots;
@@ -38,4 +39,5 @@ on_all_majors!(
     crate::stream::stream as log,
     crate::streamed::streamed as streamed_log,
     crate::streamed_worker::killed as streamed_to_a_worker,
+    crate::early::early as before_the_end,
 );

@@ -3,10 +3,13 @@
 //! Invariants:
 //! * a transaction of changes ends with the move of the checkpoint, which fails when the claim is lost; parts that are
 //!   written side by side have no row in common (`footprint`) and are committed in the order of the log (`lane`);
+//! * a transaction that has not ended on the source is written on a lane of its own (`early`); it is committed as any other when it
+//!   has ended, and nothing depends on it before;
 //! * after a failure in the middle of a part nothing more is written: the next claim begins anew;
 //! * changes are committed without waiting for the disk (`durability`). All other transactions wait for the disk.
 
 mod durability;
+mod early;
 mod encode;
 mod execute;
 mod footprint;
@@ -17,19 +20,23 @@ use super::connect::Session;
 use super::ddl;
 use super::lsn::Lsn;
 use super::statements::TableWriter;
-use super::target::{failed, within};
+use super::target::{PostgresTarget, failed, within};
 use crate::engine::batch::{Batch, Part};
+use crate::engine::coalesce::Order;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::lost_task;
-use crate::engine::roles::{Applied, Apply, ApplyMode, Proof};
+use crate::engine::roles::{self, Applied, Apply, ApplyMode, Proof};
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use durability::Durability;
+use early::EarlyLane;
 use footprint::Footprint;
 use lane::{Job, Lane, Outcome, Turn};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::task::JoinError;
+use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -54,6 +61,7 @@ pub struct PostgresApplier {
     idle: Vec<Lane>,
     /// Parts that are being written, in the order of the log.
     flight: VecDeque<Flight>,
+    early: EarlyLane,
     /// Outcomes that nobody has asked for yet; they come before those of `flight`.
     finished: VecDeque<Applied>,
     /// The last part left its transaction open.
@@ -62,11 +70,28 @@ pub struct PostgresApplier {
     broken: bool,
 }
 
+/// The end of the oldest part; never when there is none. Safe to cancel.
+async fn oldest(flight: &mut VecDeque<Flight>) -> Result<(Lane, Result<Outcome>), JoinError> {
+    match flight.front_mut() {
+        Some(oldest) => (&mut oldest.task).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for a moment; for ever when there is none.
+async fn moment(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// A part that is being written.
 struct Flight {
     task: AbortOnDropHandle<(Lane, Result<Outcome>)>,
     footprint: Footprint,
     pid: i32,
+    since: Instant,
     /// Fires when the part is committed; the next part takes it.
     done: Option<oneshot::Receiver<()>>,
 }
@@ -75,10 +100,10 @@ impl PostgresApplier {
     /// A writer whose claim was just made on these sessions (with their backends' pids), at least one; `position` is the
     /// checkpoint that was read then.
     pub(super) async fn new(
+        target: &PostgresTarget,
         sessions: Vec<(Session, i32)>,
         claim: Claim,
         mode: ApplyMode,
-        triggers_accepted: bool,
         position: Option<Lsn>,
     ) -> Result<Self> {
         let mut idle = Vec::with_capacity(sessions.len());
@@ -87,9 +112,10 @@ impl PostgresApplier {
         }
         Ok(Self {
             sessions: idle.iter().map(|lane| Arc::clone(&lane.session)).collect(),
+            early: EarlyLane::new(target.clone(), claim.clone()),
             claim,
             mode,
-            triggers_accepted,
+            triggers_accepted: target.triggers_accepted,
             position,
             writers: Arc::default(),
             // The claim was flushed to disk, and with it all that was committed before.
@@ -195,6 +221,12 @@ impl PostgresApplier {
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
         joined: &[QualifiedName],
     ) -> Result<()> {
+        if part.continues && !self.part_is_open {
+            // What may fail early fails without a loss; the log goes on behind it only when nothing has failed.
+            let lost = || Error::retry(reason::WRITE_REFUSED, "what was written of a transaction before it had ended is lost");
+            self.idle.push(self.early.lend().ok_or_else(lost)?);
+            self.part_is_open = true;
+        }
         let busy = !self.flight.is_empty() || !self.finished.is_empty();
         if part.continues != self.part_is_open || (!joined.is_empty() && (part.open || busy)) {
             return Err(Error::bug("a part does not continue where the one before has ended"));
@@ -234,7 +266,7 @@ impl PostgresApplier {
         };
         let pid = lane.pid;
         let task = AbortOnDropHandle::new(tokio::spawn(lane.run(job)));
-        self.flight.push_back(Flight { task, footprint, pid, done: Some(done_receiver) });
+        self.flight.push_back(Flight { task, footprint, pid, since: Instant::now(), done: Some(done_receiver) });
         Ok(())
     }
 
@@ -258,14 +290,43 @@ impl PostgresApplier {
 
     /// Waits for the oldest part that is being written. Safe to cancel.
     async fn finish_oldest(&mut self) -> Result<()> {
-        let Some(oldest) = self.flight.front_mut() else {
+        if self.flight.is_empty() {
             return Err(Error::bug("there is no connection to write on"));
+        }
+        let known = self.finished.len();
+        while self.finished.len() == known {
+            self.step().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the oldest part or the piece that is being written, whatever is over first; for ever when there is neither. Safe to
+    /// cancel.
+    async fn step(&mut self) -> Result<()> {
+        let look_at = self.flight.front().and_then(|oldest| self.early.look_at(oldest.since));
+        let look = tokio::select! {
+            biased;
+            ended = oldest(&mut self.flight) => return self.ended(ended),
+            () = self.early.finish() => false,
+            () = moment(look_at) => true,
         };
-        let ended = (&mut oldest.task).await;
+        if look {
+            let pids: Vec<i32> = self.flight.iter().map(|flight| flight.pid).collect();
+            self.early.give_way(&pids).await;
+        }
+        Ok(())
+    }
+
+    /// The oldest part is over.
+    fn ended(&mut self, ended: Result<(Lane, Result<Outcome>), JoinError>) -> Result<()> {
         self.flight.pop_front();
         let outcome = match ended {
             Ok((lane, outcome)) => {
-                self.idle.push(lane);
+                if lane.is_early && !lane.in_transaction {
+                    self.early.give_back(lane);
+                } else {
+                    self.idle.push(lane);
+                }
                 outcome
             }
             Err(error) => Err(lost_task(&error)),
@@ -388,6 +449,7 @@ impl Apply for PostgresApplier {
             writers.insert(table.version.id, TableWriter::new(table, &present, self.mode, self.triggers_accepted)?);
         }
         self.idle.iter_mut().for_each(|lane| lane.statements.clear());
+        self.early.forget_statements();
         self.writers = Arc::new(writers);
         Ok(())
     }
@@ -400,6 +462,57 @@ impl Apply for PostgresApplier {
     ) -> Result<()> {
         self.usable()?;
         self.accept(part, due, joined).await.inspect_err(|_| self.broken = true)
+    }
+
+    fn early_tables(&self) -> HashSet<u32> {
+        // Whoever wants one connection gets no second one.
+        let several = self.sessions.len() > 1 && self.mode == ApplyMode::Replica;
+        let is_possible = |writer: &TableWriter| several && writer.order == Order::Key;
+        self.writers.iter().filter(|(_, writer)| is_possible(writer)).map(|(id, _)| *id).collect()
+    }
+
+    async fn apply_early(&mut self, piece: Arc<Part<Lsn>>) -> Result<bool> {
+        self.usable()?;
+        let due = vec![true; piece.batch.changes().len()];
+        if self.check_versions(&piece.batch, &due).is_err() {
+            return Ok(false);
+        }
+        // What its rows had to wait for on the source was accepted before it, and must be there before it.
+        if !self.flight.is_empty() {
+            let footprint = Footprint::of(&piece.batch, &self.writers, &due);
+            while !self.flight.iter().all(|other| other.footprint.is_apart_from(&footprint)) {
+                self.finish_oldest().await?;
+            }
+        }
+        let job = Job {
+            part: piece,
+            due,
+            writers: Arc::clone(&self.writers),
+            mode: self.mode,
+            claim: self.claim.clone(),
+            joined: Vec::new(),
+            from: None,
+            turn: Turn::now(),
+            done: oneshot::channel().0,
+        };
+        Ok(self.early.accept(job).await)
+    }
+
+    fn drop_early(&mut self) {
+        self.early.roll_back();
+    }
+
+    async fn outcome(&mut self) -> Result<roles::Outcome> {
+        self.usable()?;
+        loop {
+            if let Some(applied) = self.finished.pop_front() {
+                return Ok(roles::Outcome::Part(Some(applied)));
+            }
+            if let Some(applied) = self.early.next_outcome() {
+                return Ok(roles::Outcome::Early(applied));
+            }
+            self.step().await?;
+        }
     }
 
     fn has_room(&self) -> bool {
@@ -436,8 +549,11 @@ impl Apply for PostgresApplier {
     }
 
     async fn abort(self) {
-        let Self { sessions, flight, .. } = self;
-        if !flight.is_empty() {
+        let Self { mut sessions, flight, early, .. } = self;
+        let busy = !flight.is_empty() || early.is_open();
+        sessions.extend(early.session());
+        drop(early);
+        if busy {
             drop(flight);
             // Statements may still run on the server, which would notice the closed socket only at their end.
             futures::future::join_all(sessions.iter().map(|session| session.cancel())).await;

@@ -44,7 +44,7 @@ pub struct PostgresTarget {
     endpoint: Endpoint,
     owner: Owner,
     apply_connections: usize,
-    triggers_accepted: bool,
+    pub(super) triggers_accepted: bool,
     loaders: Arc<Loaders>,
 }
 
@@ -72,7 +72,7 @@ impl PostgresTarget {
     }
 
     /// A session for changes with its backend's pid, and how it writes.
-    async fn writer_session(&self) -> Result<(Session, i32, ApplyMode)> {
+    pub(super) async fn writer_session(&self) -> Result<(Session, i32, ApplyMode)> {
         let session = self.session("sluice apply").await?;
         session.batch_execute(&writer_settings(&self.endpoint)).await.map_err(failed("set up the session"))?;
         let mode = choose_mode(&session).await?;
@@ -120,7 +120,7 @@ impl Target for PostgresTarget {
             let pids: Vec<i32> = sessions.iter().map(|(_, pid)| *pid).collect();
             let claimed = claim::claim(&sessions[0].0, &pids, key, owner, held).await?;
             let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
-            let applier = PostgresApplier::new(sessions, claimed.claim.clone(), mode, self.triggers_accepted, position).await?;
+            let applier = PostgresApplier::new(self, sessions, claimed.claim.clone(), mode, position).await?;
             Ok((claimed, applier))
         })
         .await

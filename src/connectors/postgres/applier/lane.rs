@@ -123,6 +123,8 @@ pub(super) struct Lane {
     pub log_positions: Statement,
     /// A transaction of changes is open.
     pub in_transaction: bool,
+    /// It is the one for transactions that have not ended on the source.
+    pub is_early: bool,
     /// Rows that the open transaction has written.
     uncommitted_rows: i64,
 }
@@ -142,6 +144,7 @@ impl Lane {
             move_position,
             log_positions,
             in_transaction: false,
+            is_early: false,
             uncommitted_rows: 0,
         })
     }
@@ -251,11 +254,13 @@ impl Lane {
         Ok(Committed { position, inserted: Lsn(row.get::<_, PgLsn>(0).into()), flushed: Lsn(row.get::<_, PgLsn>(1).into()) })
     }
 
-    async fn roll_back(&mut self) {
-        // A lost connection has rolled back by itself; a session that does not answer is not used again.
-        let _ = tokio::time::timeout(ROLL_BACK_LIMIT, self.session.batch_execute("ROLLBACK")).await;
+    /// Says whether the server has answered. A lost connection has rolled back by itself; a session that does not answer is not used
+    /// again.
+    pub async fn roll_back(&mut self) -> bool {
+        let answer = tokio::time::timeout(ROLL_BACK_LIMIT, self.session.batch_execute("ROLLBACK")).await;
         self.in_transaction = false;
         self.uncommitted_rows = 0;
+        matches!(answer, Ok(Ok(())))
     }
 }
 

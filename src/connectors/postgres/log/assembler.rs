@@ -7,6 +7,7 @@ use crate::engine::batch::{Batch, Boundary, Heartbeat, Part};
 use crate::engine::budget::Permit;
 use crate::engine::error::Result;
 use crate::engine::roles::BatchLimits;
+use crate::engine::table::TableVersion;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Builds one part after the other.
@@ -47,6 +48,28 @@ impl Assembler {
             message: None,
             heartbeat: None,
         }
+    }
+
+    /// One for a transaction that has not ended, whose commit record will start where this stands or later. Its parts hold this
+    /// share of what others may.
+    pub(super) fn beside(&self, share: usize) -> Self {
+        let limits = BatchLimits { rows: self.limits.rows / share, bytes: self.limits.bytes / share, ..self.limits };
+        let beside = Self::new(self.decoder.anew(), limits, self.received);
+        Self { transaction: Some(self.received), ..beside }
+    }
+
+    /// Goes on with a transaction that begins now and whose first parts another assembler has made. What has ended before goes out.
+    pub(super) fn take_over(&mut self, beside: Self, commit_start: Lsn, out: &mut Vec<Part<Lsn>>) -> Result<()> {
+        out.extend(self.take_whole());
+        self.begin(commit_start)?;
+        self.decoder.learn(beside.decoder);
+        (self.batch, self.continues) = (beside.batch, true);
+        Ok(())
+    }
+
+    /// The table of a relation; `None` when it is not mapped.
+    pub(super) fn table(&self, relation: u32) -> Result<Option<&TableVersion>> {
+        Ok(self.decoder.table(relation)?.map(AsRef::as_ref))
     }
 
     /// Takes one message of a whole transaction; a part that can't take more goes to `out`, at most one.
@@ -116,7 +139,7 @@ impl Assembler {
     /// Whether a part that nobody has taken yet can take more.
     pub(super) fn can_extend(&self, part: &Part<Lsn>) -> bool {
         let nothing_here = self.batch.is_empty() && self.boundaries.is_empty() && self.transaction.is_none();
-        nothing_here && !part.is_idle() && !part.open && !part.continues && !self.is_full(&part.batch)
+        nothing_here && !part.is_idle() && part.early.is_none() && !part.open && !part.continues && !self.is_full(&part.batch)
     }
 
     /// Goes on with a part that was handed over and not taken.
@@ -214,6 +237,7 @@ impl Assembler {
             open_from: self.transaction,
             received: self.received,
             heartbeat: self.heartbeat.take(),
+            early: None,
             permit: Permit::default(),
         }
     }

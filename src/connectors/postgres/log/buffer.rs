@@ -103,12 +103,12 @@ impl Buffer {
         }
     }
 
-    /// The next part, once it can't grow any more because another one follows it. Safe to cancel.
+    /// The next part, once it can't grow any more because another one follows it, or by its kind. Safe to cancel.
     pub(super) async fn next_grown(&self) -> Result<Part<Lsn>> {
         loop {
             let grown = {
                 let state = self.lock();
-                state.parts.len() > 1 || state.ended
+                state.parts.len() > 1 || state.ended || state.parts.front().is_some_and(|part| part.early.is_some())
             };
             if grown && let Some(outcome) = self.try_next() {
                 return outcome;

@@ -4,7 +4,8 @@
 //! woken for each makes it slow (see reader.rs). The thread also sends the standby status updates, whatever the consumer
 //! does, so that a slow target never runs into `wal_sender_timeout`.
 //!
-//! Large transactions arrive in slices before they have ended. Slices are kept apart (streams.rs) and replayed at their commit.
+//! Large transactions arrive in slices before they have ended. Slices are kept apart (streams.rs) and replayed at their commit. Rows of
+//! one of them go ahead when the consumer wants them (early.rs).
 //! When there is no room for them the thread starts the stream again without streaming, until the transaction that took the
 //! most room is over: then large transactions wait on the source's disk. That outlives a log (pause.rs).
 //!
@@ -13,6 +14,8 @@
 
 mod assembler;
 mod buffer;
+mod desk;
+mod early;
 mod feed;
 mod input;
 mod opener;
@@ -32,10 +35,13 @@ use crate::engine::spill::{Room, Spill, Taken};
 use crate::engine::table::MappedTable;
 use assembler::Assembler;
 use buffer::Buffer;
+use desk::Desk;
+use early::{Early, Pace};
 use feed::Feed;
 use opener::Opener;
 pub use pause::StreamingPause;
 use reader::Reader;
+use std::collections::HashSet;
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -72,6 +78,7 @@ pub struct LogConfig {
 pub struct PostgresLog {
     buffer: Arc<Buffer>,
     shared: Arc<Shared>,
+    desk: Arc<Desk>,
     pause: StreamingPause,
     taken: Arc<Taken>,
     spill_limit: u64,
@@ -129,12 +136,14 @@ impl PostgresLog {
         let spill = Spill::open(memory / 2, config.room.disk.as_ref());
         let (taken, spill_limit) = (spill.taken(), spill.disk_limit());
         let buffer = Arc::new(Buffer::new(memory));
-        let feed = Feed::new(Assembler::new(Decoder::new(&config.tables), limits, from), Streams::new(spill));
+        let desk = Arc::new(Desk::default());
+        let early = Early::new(Arc::clone(&desk), Pace::default());
+        let feed = Feed::new(Assembler::new(Decoder::new(&config.tables), limits, from), Streams::new(spill), early);
         let reader = Reader::new(copy, feed, Arc::clone(&buffer), opener, awaited, feedback_interval)?;
         let shared = reader.shared();
         let thread = std::thread::Builder::new().name("postgres-log".into()).spawn(move || reader.run());
         thread.map_err(|error| Error::bug(format!("no thread for the log: {error}")))?;
-        Ok(Self { buffer, shared, pause, taken, spill_limit })
+        Ok(Self { buffer, shared, desk, pause, taken, spill_limit })
     }
 }
 
@@ -163,6 +172,14 @@ impl ChangeLog for PostgresLog {
     fn confirm(&self, durable: &Lsn) {
         // Never backwards: the server would not take it either.
         self.shared.confirmed.fetch_max(durable.0, Ordering::AcqRel);
+    }
+
+    fn want_early(&self, tables: HashSet<u32>) {
+        self.desk.want(tables);
+    }
+
+    fn early(&self, attempt: u64, written: bool) -> Result<()> {
+        self.desk.answer(attempt, written)
     }
 
     fn announced(&self) -> u64 {

@@ -162,6 +162,7 @@ impl Reader {
             } else if self.can_stream_again() {
                 self.stream_again()?;
             } else if self.intake.wait_for_room() {
+                self.intake.hand_over_early();
                 self.read()?;
             }
         }
@@ -214,7 +215,7 @@ impl Reader {
     fn reopen(&mut self, streaming: bool) -> Result<()> {
         self.connection.say_goodbye(&self.intake.shared);
         self.intake.hand_over();
-        self.intake.feed.reconnect(Decoder::new(self.opener.tables()));
+        self.intake.reconnect(Decoder::new(self.opener.tables()));
         let from = self.intake.feed.assembler.received();
         let copy = self.opener.reopen(from, streaming)?;
         let (connection, socket) = Connection::new(copy, self.intake.shared.confirmed(), self.opener.is_near())?;
@@ -227,7 +228,7 @@ impl Reader {
     fn replay(&mut self) -> Result<()> {
         while self.intake.feed.is_replaying() && !self.intake.buffer.is_closed() {
             self.report()?;
-            if self.intake.wait_for_room() {
+            if !self.intake.feed.wait_for_answers(TICK) && self.intake.wait_for_room() {
                 self.intake.replay()?;
             }
         }
@@ -395,6 +396,20 @@ impl Intake {
         let replayed = self.feed.replay(Instant::now(), &mut self.parts);
         self.push_parts();
         replayed
+    }
+
+    /// Hands over pieces of a transaction that has not ended, behind all that has.
+    fn hand_over_early(&mut self) {
+        while let Some(part) = self.feed.early(Instant::now()) {
+            self.hand_over();
+            self.push(part);
+        }
+    }
+
+    /// Goes on with another connection.
+    fn reconnect(&mut self, decoder: Decoder) {
+        self.feed.reconnect(decoder, &mut self.parts);
+        self.push_parts();
     }
 
     /// Parts that were complete before a message failed are as good as any.

@@ -20,6 +20,8 @@ pub(super) enum Taken {
     Not,
     /// It is kept, or was about a transaction that is kept.
     Yes,
+    /// This transaction was rolled back, or a subtransaction of it.
+    Aborted(u32),
     /// A transaction has ended: what is kept of it is to be replayed now.
     Ended(Ended),
 }
@@ -71,7 +73,10 @@ impl Streams {
             (None, Some(xid)) => self.keep(xid, message)?,
             (Some(Framing::Stop), Some(_)) => self.current = None,
             (Some(Framing::Start { xid, is_first }), None) => self.start(xid, is_first)?,
-            (Some(Framing::Abort { xid, subxid }), None) => self.abort(xid, subxid)?,
+            (Some(Framing::Abort { xid, subxid }), None) => {
+                self.abort(xid, subxid)?;
+                return Ok(Taken::Aborted(xid));
+            }
             (Some(Framing::Commit(ended)), None) if self.open.contains_key(&ended.xid) => return Ok(Taken::Ended(ended)),
             (Some(framing), _) => return Err(violation(format!("pgoutput: {framing:?} is not expected here")).into()),
         }
@@ -81,6 +86,31 @@ impl Streams {
     /// The next of what is kept of a transaction that has ended, with what its rolled back subtransactions have left.
     pub(super) fn next(&mut self, xid: u32) -> Result<Option<Chunk>, SpillError> {
         self.spill.take(xid)
+    }
+
+    /// More of what is kept of an open transaction, which stays kept.
+    pub(super) fn look_ahead(&mut self, xid: u32) -> Result<Option<Chunk>, SpillError> {
+        self.spill.look_ahead(xid)
+    }
+
+    /// What was looked at is kept no more.
+    pub(super) fn pass(&mut self, xid: u32) {
+        self.spill.pass(xid);
+    }
+
+    /// Messages that are kept of a transaction.
+    pub(super) fn records(&self, xid: u32) -> u64 {
+        self.spill.records(xid)
+    }
+
+    /// Transactions of which something is kept, with the bytes of it.
+    pub(super) fn kept(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.spill.runs()
+    }
+
+    /// Whether a transaction has begun and its end is not known.
+    pub(super) fn is_open(&self, xid: u32) -> bool {
+        self.open.contains_key(&xid)
     }
 
     /// Whether a kept message of a transaction counts: its subtransaction was not rolled back.

@@ -72,6 +72,17 @@ impl Decoder {
         Self { mapped, relations: HashMap::new(), truncates: 0 }
     }
 
+    /// A decoder for rows of the same tables that knows no relation yet.
+    #[must_use]
+    pub fn anew(&self) -> Self {
+        Self { mapped: self.mapped.clone(), relations: HashMap::new(), truncates: 0 }
+    }
+
+    /// Learns what another decoder was told of relations on the same connection since.
+    pub fn learn(&mut self, other: Self) {
+        self.relations.extend(other.relations);
+    }
+
     /// Whether a message may add changes to the batch.
     #[must_use]
     pub fn adds_changes(message: &[u8]) -> bool {
@@ -117,8 +128,8 @@ impl Decoder {
         Ok(Message::Other)
     }
 
-    /// The table that a row belongs to; `None` when it is not mapped.
-    fn table(&self, id: u32) -> Result<Option<&Arc<TableVersion>>> {
+    /// The table that a row belongs to, by its relation; `None` when it is not mapped.
+    pub fn table(&self, id: u32) -> Result<Option<&Arc<TableVersion>>> {
         match self.relations.get(&id) {
             Some(Relation::Mapped(version)) => Ok(Some(version)),
             Some(Relation::Foreign) => Ok(None),

@@ -1,5 +1,6 @@
 use super::history::{Record, Server, history};
 use super::*;
+use crate::connectors::postgres::log::early::Pace;
 use crate::connectors::postgres::pgoutput::streamed::{Framing, tests as streamed};
 use crate::connectors::postgres::pgoutput::tests::{COLUMNS, begin, commit, relation, row, show, table};
 use crate::engine::roles::BatchLimits;
@@ -7,13 +8,14 @@ use crate::engine::spill::{Disk, Spill};
 use crate::engine::table::Identity;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
+use std::sync::Arc;
 use std::time::Duration;
 
-const LIMITS: BatchLimits = BatchLimits { rows: 3, bytes: 1 << 20, delay: Duration::from_secs(1) };
+pub(super) const LIMITS: BatchLimits = BatchLimits { rows: 3, bytes: 1 << 20, delay: Duration::from_secs(1) };
 
 fn feed(spill: Spill) -> Feed {
     let assembler = Assembler::new(Decoder::new(&[table(Identity::Key)]), LIMITS, Lsn(1));
-    Feed::new(assembler, Streams::new(spill))
+    Feed::new(assembler, Streams::new(spill), Early::new(Arc::default(), Pace::default()))
 }
 
 /// Gives a message and replays what it ends.
@@ -27,7 +29,7 @@ fn give(feed: &mut Feed, message: &[u8], out: &mut Vec<Part<Lsn>>) -> Result<(),
 }
 
 /// What parts hold, one line per transaction; and the promises of parts are kept.
-fn transactions(parts: &[Part<Lsn>]) -> Vec<String> {
+pub(super) fn transactions(parts: &[Part<Lsn>]) -> Vec<String> {
     let (mut all, mut rows, mut open_from) = (Vec::new(), Vec::new(), None);
     let mut last = Lsn(0);
     for part in parts {
@@ -60,12 +62,12 @@ fn transactions(parts: &[Part<Lsn>]) -> Vec<String> {
 }
 
 /// Runs of transactions without rows keep only their last end: they are left out.
-fn transaction(rows: &mut Vec<String>, end: Lsn) -> Option<String> {
+pub(super) fn transaction(rows: &mut Vec<String>, end: Lsn) -> Option<String> {
     (!rows.is_empty()).then(|| format!("{end}: {}", std::mem::take(rows).join(" ")))
 }
 
 /// The parts of all messages, the last one included.
-fn parts(messages: &[Vec<u8>], spill: Spill) -> Result<(Vec<Part<Lsn>>, Feed), Trouble> {
+pub(super) fn parts(messages: &[Vec<u8>], spill: Spill) -> Result<(Vec<Part<Lsn>>, Feed), Trouble> {
     let (mut feed, mut out) = (feed(spill), Vec::new());
     messages.iter().try_for_each(|message| give(&mut feed, message, &mut out))?;
     out.extend(feed.assembler.take_whole());
@@ -89,7 +91,7 @@ fn difference(messages: &[Vec<u8>], spill: Spill, expected: &[String]) -> Option
 }
 
 /// Messages of our own come once per part: which part depends on its cut.
-fn rows_only(transactions: Vec<String>) -> Vec<String> {
+pub(super) fn rows_only(transactions: Vec<String>) -> Vec<String> {
     transactions.into_iter().filter(|line| line.contains(':')).collect()
 }
 
@@ -156,7 +158,7 @@ fn overflow(history: &[Record], messages: &[Vec<u8>], expected: &[String], rando
             Err(Trouble::NoRoom(no_room)) => {
                 assert!(no_room.bytes > 0);
                 out.extend(feed.assembler.take_whole());
-                feed.reconnect(Decoder::new(&[table(Identity::Key)]));
+                feed.reconnect(Decoder::new(&[table(Identity::Key)]), &mut out);
                 assert_eq!(feed.streams.taken_bytes(), 0);
                 let again = Server::send(history, feed.assembler.received().0, 0.0, random);
                 let (now, later) = again.split_at(random.random_range(0..=again.len()));
@@ -164,7 +166,7 @@ fn overflow(history: &[Record], messages: &[Vec<u8>], expected: &[String], rando
                 if feed.assembler.is_inside() {
                     later.iter().for_each(|message| give(&mut feed, message, &mut out).unwrap());
                 } else {
-                    feed.reconnect(Decoder::new(&[table(Identity::Key)]));
+                    feed.reconnect(Decoder::new(&[table(Identity::Key)]), &mut out);
                     let rest = Server::send(history, feed.assembler.received().0, 0.0, random);
                     rest.iter().for_each(|message| give(&mut feed, message, &mut out).unwrap());
                 }
