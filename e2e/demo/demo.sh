@@ -133,8 +133,8 @@ TEXT
 up() {
   timed "what the demo needs" "$REPO/e2e/deps.sh" "${NEEDS[@]}"
   "prepare_$CLUSTER"
-  trap '[ $? = 0 ] || diagnose' EXIT
   start_over
+  trap '[ $? = 0 ] || diagnose' EXIT
   timed "Sluice $TAG from its chart" install_sluice "$REPOSITORY" "$TAG"
   step "two PostgreSQL databases" start_databases
   step "$((7 * CUSTOMERS)) rows in the shop" fill_shop "$CUSTOMERS"

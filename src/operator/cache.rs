@@ -17,7 +17,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{predicates, utils::Predicate};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 /// Mirrors of one page of a list: one may hold 5,000 tables, and a page is in memory as it came.
@@ -67,18 +67,25 @@ type Listener<K> = Box<dyn FnMut(&Event<K>) + Send>;
 
 /// A watch with its cache and those who listen.
 pub struct Watched<K: Watchable> {
-    /// What is known; to be read only after [`Store::wait_until_ready`].
+    /// What is known; to be read once it is [`Watched::filled`].
     pub store: Store<K>,
     writer: Writer<K>,
     events: BoxStream<'static, Event<K>>,
     listeners: Vec<Listener<K>>,
     filling: Option<Waiting>,
+    filled: watch::Sender<bool>,
 }
 
 impl<K: Watchable> Watched<K> {
     /// The cache that `writer` writes from `events`; `filling` is dropped when it has been filled once.
     pub fn new(writer: Writer<K>, events: BoxStream<'static, Event<K>>, filling: Waiting) -> Self {
-        Self { store: writer.as_reader(), writer, events, listeners: vec![], filling: Some(filling) }
+        Self { store: writer.as_reader(), writer, events, listeners: vec![], filling: Some(filling), filled: watch::Sender::new(false) }
+    }
+
+    /// Whether the cache has been filled once. For all who wait but the one controller of the kind: of several that wait by
+    /// [`Store::wait_until_ready`] kube wakes only the one that came last.
+    pub fn filled(&self) -> watch::Receiver<bool> {
+        self.filled.subscribe()
     }
 
     /// Wakes whom `whom` names when an object has changed in what `predicate` looks at, or is gone. The cache knows it by then.
@@ -136,6 +143,7 @@ impl<K: Watchable> Watched<K> {
             self.writer.apply_watcher_event(&event);
             if matches!(event, Event::InitDone) {
                 self.filling = None;
+                self.filled.send_replace(true);
             }
             self.listeners.iter_mut().for_each(|listener| listener(&event));
         }
@@ -254,6 +262,24 @@ mod tests {
         other.metadata.uid = Some("another".into());
         let events = vec![Apply(pod("a", 1, "1")), Apply(pod("a", 1, "2")), Apply(pod("a", 2, "3")), Apply(pod("a", 2, "3")), Apply(other)];
         assert_eq!(woken(events, beyond_status()).await.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_for_a_cache_are_told_when_it_is_filled() {
+        let (events, later) = futures::channel::mpsc::unbounded::<Event<SlimPod>>();
+        let watched = Watched::new(Writer::default(), later.boxed(), Health::default().wait_for("pods"));
+        let waiting: Vec<_> = (0..3).map(|_| watched.filled()).collect();
+        let waiting = waiting.into_iter().map(|mut filled| tokio::spawn(async move { filled.wait_for(|filled| *filled).await.is_ok() }));
+        let waiting: Vec<_> = waiting.collect();
+        let running = tokio::spawn(watched.run());
+        tokio::task::yield_now().await;
+        for event in [Init, InitDone] {
+            events.unbounded_send(event).expect("taken");
+        }
+        let told = futures::future::join_all(waiting);
+        let told = tokio::time::timeout(std::time::Duration::from_secs(5), told).await.expect("in time");
+        assert!(told.into_iter().all(|told| told.expect("no panic")));
+        running.abort();
     }
 
     #[tokio::test]

@@ -8,10 +8,10 @@ use crate::operator::slim::{SlimDeployment, SlimMirror, SlimPod};
 use crate::resources::names::{MIRROR_FINALIZER, MIRROR_LABEL, MIRROR_UID_LABEL, has_finalizer};
 use crate::resources::{LocalRef, Source, Target};
 use kube::ResourceExt as _;
-use kube::runtime::reflector::store::WriterDropped;
 use kube::runtime::reflector::{ObjectRef, Store};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
 
 /// The caches, to be read after [`Caches::filled`].
 pub struct Caches {
@@ -25,6 +25,8 @@ pub struct Caches {
     pub deployments: Store<SlimDeployment>,
     /// Pods of workers.
     pub pods: Store<SlimPod>,
+    /// Whether each of them has been filled once.
+    filled: [watch::Receiver<bool>; 5],
     /// Which pods a Mirror has had: a scan of all pods in every pass would not scale.
     pub pod_names: Arc<PodNames>,
 }
@@ -38,6 +40,13 @@ impl Caches {
             targets: shared.targets.store.clone(),
             deployments: shared.deployments.store.clone(),
             pods: shared.pods.store.clone(),
+            filled: [
+                shared.mirrors.filled(),
+                shared.sources.filled(),
+                shared.targets.filled(),
+                shared.deployments.filled(),
+                shared.pods.filled(),
+            ],
             pod_names: Arc::default(),
         }
     }
@@ -46,12 +55,11 @@ impl Caches {
     ///
     /// # Errors
     /// The watches have ended.
-    pub async fn filled(&self) -> Result<(), WriterDropped> {
-        self.mirrors.wait_until_ready().await?;
-        self.sources.wait_until_ready().await?;
-        self.targets.wait_until_ready().await?;
-        self.deployments.wait_until_ready().await?;
-        self.pods.wait_until_ready().await
+    pub async fn filled(&self) -> Result<(), watch::error::RecvError> {
+        for cache in &self.filled {
+            cache.clone().wait_for(|filled| *filled).await?;
+        }
+        Ok(())
     }
 
     /// The Mirror's Source.
