@@ -170,7 +170,7 @@ impl Stage {
         if !ready.iter().any(|table| table == "ledger") {
             return;
         }
-        let sql = "SELECT DISTINCT ON (w) w, n, (SELECT count(*) FROM ledger a WHERE a.w = b.w), digest FROM ledger b ORDER BY w, n DESC";
+        let sql = "SELECT DISTINCT ON (w) w, n, count(*) OVER (PARTITION BY w), digest FROM ledger ORDER BY w, n DESC";
         let ledger = right.query(sql, &[]).await.expect("the ledger");
         let expected: BTreeMap<i32, Vec<String>> = ledger
             .iter()
