@@ -46,7 +46,8 @@ run_rust() {
     count rust 0 1
     return
   fi
-  mapfile -t binaries < <(grep '"test":true' "$folder/built" | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
+  # the program itself is built as well, for the tests that start it
+  mapfile -t binaries < <(jq -r 'select(.profile.test == true) | .executable // empty' "$folder/built")
   for name in "${LONG[@]}"; do printf '%s\n' "${binaries[@]}" | grep -E "/$name-[0-9a-f]+$" || true; done >"$folder/order"
   printf '%s\n' "${binaries[@]}" doc >>"$folder/order"
   awk '!seen[$0]++' "$folder/order" | xargs -P "$SIDE_BY_SIDE" -I '{}' "$REPO/e2e/test.sh" one-binary '{}' "$folder" || true
