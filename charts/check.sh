@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Checks the chart without a cluster: lint, render in several shapes, assertions on what was rendered.
-# Needs helm and python3 with PyYAML. Whether an API server takes it all is tested end to end.
+# Needs helm, promtool and python3 with PyYAML. Whether an API server takes it all is tested end to end.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 helm="${HELM:-$(command -v helm || true)}"
 [ -n "$helm" ] || helm="${SLUICE_CACHE:-/var/cache/sluice}/bin/helm"
 [ -x "$helm" ] || { echo "helm not found: set HELM or run make deps" >&2; exit 1; }
+promtool="${SLUICE_CACHE:-/var/cache/sluice}/bin/promtool"
+[ -x "$promtool" ] || promtool="$(command -v promtool)" || { echo "promtool not found: run make deps" >&2; exit 1; }
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
@@ -31,6 +33,9 @@ render scoped --set 'watchNamespaces={shop,dw}'
 render minimal --set crds.enabled=false,rbac.aggregate=false,networkPolicy.enabled=false,podDisruptionBudget.enabled=false \
   --set deletionProtection.enabled=false,protectSecrets=false,worker.networkPolicies=false,operator.replicas=1,operator.leaderElection.enabled=false
 render openshift --set podSecurityContext.runAsUser=null,podSecurityContext.runAsGroup=null
+render boards --set monitoring.podMonitor.operator=true,monitoring.podMonitor.workers=true \
+  --set monitoring.prometheusRule.enabled=true,monitoring.prometheusRule.labels.release=prometheus \
+  --set monitoring.prometheusRule.thresholds.suspendedFor=2h
 render all --set monitoring.podMonitor.operator=true,monitoring.podMonitor.workers=true,monitoring.podMonitor.labels.team=data \
   --set image.repository=example/sluice,image.digest="sha256:$(printf '0%.0s' {1..64})",worker.image=example/worker:1,worker.imagePullPolicy=Always \
   --set 'imagePullSecrets[0].name=pull,operator.nodeSelector.disk=ssd,operator.priorityClassName=high,operator.release=r1' \
@@ -47,8 +52,14 @@ refuse "two replicas without leader election" --set operator.leaderElection.enab
 refuse "root" --set podSecurityContext.runAsUser=0
 refuse "a namespace that is no name" --set 'watchNamespaces={*}'
 refuse "a ServiceAccount of no name" --set serviceAccount.create=false
+refuse "a threshold that does not exist" --set monitoring.prometheusRule.thresholds.nonsense=1
+refuse "a threshold that is no duration" --set monitoring.prometheusRule.thresholds.notReadyFor=soon
+refuse "a rule without its threshold" --set monitoring.prometheusRule.thresholds.lagSeconds=null
+refuse "a runbook URL without the alert's name" --set monitoring.prometheusRule.runbookUrl=https://example.com/runbooks
 
 python3 check.py "$work"
+mkdir "$work/monitoring"
+python3 -B monitoring/check.py "$work/boards.yaml" "$work/monitoring" "$promtool"
 if [ -d ../crds ]; then diff -r --exclude=.gitkeep ../crds sluice/crd-files || { echo "crds/ and charts/sluice/crd-files/ differ: run make crds" >&2; exit 1; }; fi
 echo "chart: ok"
 

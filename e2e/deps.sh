@@ -25,6 +25,7 @@ PACKAGES=(
   iptables:iptables conntrack:conntrack ip:iproute2                      # the one-node cluster
   gcc:gcc /usr/include/stdio.h:libc6-dev make:make                       # the sandbox image; crates that compile C
   python3:python3 python-yaml:python3-yaml shellcheck:shellcheck openssl:openssl curl:curl jq:jq
+  lua5.1:lua5.1                                                          # health scripts, as Argo CD runs them
   mvn:maven unzip:unzip xz:xz-utils                                      # PostgreSQL servers come as Maven artefacts
   psql:postgresql-client-15 /usr/lib/postgresql/15/bin/psql:postgresql-client-15
   /etc/ssl/certs/ca-certificates.crt:ca-certificates
@@ -43,14 +44,13 @@ need() {
   local entry missing=()
   for entry in "$@"; do is_there "${entry%%:*}" || missing+=("${entry#*:}"); done
   [ ${#missing[@]} -gt 0 ] || return 0
-  local as_root=()
-  if [ "$(id -u)" != 0 ]; then
-    sudo -n true 2>/dev/null || die "missing packages; run as root: apt-get install --no-install-recommends ${missing[*]}"
-    as_root=(sudo -n)
-  fi
-  step "package lists" "${as_root[@]}" apt-get -q update
-  step "packages ${missing[*]}" "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+  as_root true 2>/dev/null || die "missing packages; run as root: apt-get install --no-install-recommends ${missing[*]}"
+  step "package lists" as_root apt-get -q update
+  step "packages ${missing[*]}" as_root env DEBIAN_FRONTEND=noninteractive \
     apt-get -q -y --no-install-recommends --no-remove -o DPkg::Lock::Timeout=300 install "${missing[@]}"
+}
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
 
 # ---------------------------------------------------------------- PostgreSQL servers
@@ -93,6 +93,7 @@ install_node() {
 }
 install_tools() {
   go_tool helm "$HELM_VERSION" helm.sh/helm/v3/cmd/helm
+  debian_tool promtool prometheus usr/bin/promtool
 }
 go_tool() {
   local name=$1 version=$2 package=$3 new
@@ -102,6 +103,24 @@ go_tool() {
   mkdir -p "$SLUICE_CACHE/bin"
   mv "$new/$name" "$SLUICE_CACHE/bin/$name-$version"
   ln -sfn "$name-$version" "$SLUICE_CACHE/bin/$name"
+  rm -rf "$new"
+}
+
+# One program of a Debian package whose other parts, services among them, are not wanted.
+debian_tool() {
+  local name=$1 package=$2 path=$3
+  [ ! -x "$SLUICE_CACHE/bin/$name" ] || return 0
+  step "$name (from $package)" fetch_debian_tool "$name" "$package" "$path"
+}
+fetch_debian_tool() {
+  local name=$1 package=$2 path=$3 new
+  new=$(mktemp -d "$SLUICE_CACHE/tmp.XXXXXX")
+  chmod 755 "$new"                              # apt downloads as a user of its own
+  # package lists that are there may be too old, or be missing
+  (cd "$new" && { apt-get -q download "$package" || { as_root apt-get -q update && apt-get -q download "$package"; }; })
+  dpkg -x "$new/$package"_*.deb "$new/unpacked"
+  mkdir -p "$SLUICE_CACHE/bin"
+  mv "$new/unpacked/$path" "$SLUICE_CACHE/bin/$name"
   rm -rf "$new"
 }
 

@@ -136,7 +136,7 @@ impl Metrics {
         all.register("status_writes", "Writes of a status", self.status_writes.clone());
         all.register("apply", "Server-side applies of children by result", self.applies.clone());
         all.register("events", "Events by result", self.events.clone());
-        all.register("leader", "Whether this process holds the lease", self.leader.clone());
+        all.register("leader", "Whether this process leads: it holds the lease, or needs none", self.leader.clone());
         all.register("lease_renew_failures", "Attempts to renew the lease that failed", self.lease_failures.clone());
         all.register("poll", "Polls of workers by result", self.polls.clone());
         all.register("poll_duration_seconds", "Time a poll of a worker took", self.poll_seconds.clone());

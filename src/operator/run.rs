@@ -127,6 +127,7 @@ impl Runtime {
         background.spawn(signing::follow(ctx.client.clone(), namespace, secret, ctx.signing_keys.clone(), signing::PACE));
 
         if !ctx.options.leader_election {
+            ctx.metrics.set_leader(true);
             return work(&ctx, &shutdown, self.controllers, std::future::pending()).await;
         }
         let mut candidate = Candidate::new(ctx.client.clone(), &ctx.options, ctx.metrics.clone(), self.times);
