@@ -6,7 +6,7 @@
 use super::metrics::Metrics;
 use super::slim::SlimMirror;
 use super::worker_client::{WorkerClient, WorkerError};
-use crate::worker::contract::{Phase, Status};
+use crate::worker::contract::{Phase, Retention, Status};
 use futures::Stream;
 use futures::stream::unfold;
 use kube::runtime::reflector::ObjectRef;
@@ -88,6 +88,7 @@ struct Numbers {
     rows_copied: u64,
     rows_streamed: u64,
     lag_bytes: Option<u64>,
+    retention: Option<Retention>,
     waiting: Option<String>,
 }
 
@@ -241,6 +242,7 @@ fn digest(polled: &Polled) -> (Option<Key>, Numbers) {
         rows_copied: status.rows_copied,
         rows_streamed: status.rows_streamed,
         lag_bytes: status.lag_bytes,
+        retention: status.retention.clone(),
         waiting: status.waiting.clone(),
     });
     let key = match (&polled.failure, &polled.status) {
@@ -329,7 +331,7 @@ pub async fn run(handle: PollerHandle, client: WorkerClient, metrics: Metrics, s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::contract::Failure;
+    use crate::worker::contract::{Failure, Notice};
 
     fn status(phase: Phase) -> Status {
         serde_json::from_value(serde_json::json!({
@@ -361,7 +363,7 @@ mod tests {
         let told = Some((&before, &none, Duration::ZERO));
         assert_eq!(decide(None, &before, &none, 1), Wake::Transition, "the first answer");
         assert_eq!(decide(told, &before, &none, 1), Wake::No);
-        let changes: [fn(&mut Status); 7] = [
+        let changes: [fn(&mut Status); 8] = [
             |status| status.phase = Phase::CatchingUp,
             |status| {
                 status.error = Some(Failure {
@@ -372,6 +374,7 @@ mod tests {
                     retry_in_seconds: None,
                 });
             },
+            |status| status.notice = Some(Notice { reason: "SlotLost".into(), message: String::new() }),
             |status| status.epoch = 2,
             |status| status.generation = 2,
             |status| status.snapshot_completed = true,
@@ -415,6 +418,18 @@ mod tests {
         assert_eq!(at(Phase::Streaming, 500, 10_000), Wake::Progress);
         let same = key(status(Phase::Streaming));
         assert_eq!(decide(Some((&same, &old, Duration::from_secs(9_999))), &same, &old, 1), Wake::No, "nothing moved");
+    }
+
+    #[test]
+    fn what_the_source_keeps_is_progress() {
+        let with = |bytes| {
+            let kept = Retention { slot_exists: true, retained_bytes: Some(bytes), wal_status: None, safe_wal_size: None };
+            digest(&answered(Status { retention: Some(kept), ..status(Phase::Suspended) }))
+        };
+        let ((old_key, old), (new_key, new)) = (with(1), with(2));
+        assert_eq!(old_key, new_key);
+        let key = new_key.expect("an answer is certain");
+        assert_eq!(decide(Some((&key, &old, STEADY)), &key, &new, 1), Wake::Progress);
     }
 
     #[test]

@@ -236,6 +236,7 @@ pub enum UpdatePolicy {
     printcolumn(name = "Tables", type_ = "string", json_path = ".status.tables.summary"),
     printcolumn(name = "Lag", type_ = "string", json_path = ".status.lag"),
     printcolumn(name = "Position", type_ = "string", json_path = ".status.position.applied", priority = 1),
+    printcolumn(name = "Retained", type_ = "string", json_path = ".status.retention.summary", priority = 1),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     selectable = ".spec.sourceRef.name", selectable = ".spec.targetRef.name",

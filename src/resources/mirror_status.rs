@@ -17,6 +17,24 @@ pub struct Position {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<String>,
 }
+/// What the source keeps of its log for the slot.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Retention {
+    /// Bytes of log for people, for example `1.2 GiB`; for the column.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
+    /// Bytes of log that the source keeps for the slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retained_bytes: Option<i64>,
+    /// PostgreSQL's `wal_status` of the slot: `reserved`, `extended`, `unreserved` (about to be lost) or `lost`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_status: Option<String>,
+    /// PostgreSQL's `safe_wal_size`: bytes that may still be written before the slot may be lost; negative when that has
+    /// been passed. Absent when `max_slot_wal_keep_size` sets no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safe_wal_bytes: Option<i64>,
+}
 /// Tables by state.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -63,6 +81,10 @@ pub struct MirrorStatus {
     /// Slot in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<String>,
+    /// What the source keeps of its log for the slot, also while the Mirror is suspended or stopped; absent when the source
+    /// can't be asked, or has no such slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
     /// Publication in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,

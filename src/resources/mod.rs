@@ -16,4 +16,4 @@ pub use mirror::{
     DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Schema, Snapshot, Stream, Table, TableName, TargetTriggers,
     UpdatePolicy, Worker,
 };
-pub use mirror_status::{MirrorStatus, Position, TableCounts, WorkerStatus};
+pub use mirror_status::{MirrorStatus, Position, Retention, TableCounts, WorkerStatus};

@@ -46,8 +46,11 @@ async fn a_slot_that_is_lost_while_suspended_is_told_at_once() {
     stage.patch::<Mirror>("orders", json!({"spec": {"suspend": true}})).await;
     stage.until("orders", "True", "Suspended").await;
     // As a worker says it that looks at the slot while it rests.
-    worker.says(json!({"notice": {"reason": "SlotLost", "message": "delete the Mirror and create it again"}}));
+    let kept = json!({"slotExists": true, "walStatus": "lost"});
+    worker.says(json!({"retention": kept, "notice": {"reason": "SlotLost", "message": "delete the Mirror and create it again"}}));
     stage.until("orders", "False", "SlotLost").await;
+    let retention = stage.status("orders").await.retention.expect("what is kept");
+    assert_eq!((retention.wal_status.as_deref(), retention.retained_bytes), (Some("lost"), None));
     assert_eq!(stage.condition("orders", kind::STALLED).await, ("True".into(), "SlotLost".into()));
     assert_eq!(stage.condition("orders", kind::SUSPENDED).await.0, "True");
     assert_eq!(stage.status("orders").await.last_error.as_deref(), Some("SlotLost: delete the Mirror and create it again"));

@@ -11,8 +11,8 @@ use super::problem::{Problem, documented};
 use crate::engine::error::reason as engine;
 use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, Finding, kind, reason};
-use crate::resources::{MirrorStatus, Position, TableCounts, WorkerStatus};
-use crate::worker::contract::{Failure, Phase, Status};
+use crate::resources::{MirrorStatus, Position, Retention, TableCounts, WorkerStatus};
+use crate::worker::contract::{self, Failure, Phase, Status};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
@@ -427,6 +427,7 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         slot: Some(said.slot.clone()).filter(|slot| !slot.is_empty()).or(status.slot),
         publication: Some(said.publication.clone()).filter(|publication| !publication.is_empty()).or(status.publication),
         position,
+        retention: said.retention.as_ref().and_then(retention),
         lag: text::lag(said.lag_bytes, said.lag_seconds),
         lag_bytes: said.lag_bytes.map(signed),
         lag_seconds: said.lag_seconds.map(signed),
@@ -438,6 +439,16 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         apply_mode: said.apply_mode.clone().or(status.apply_mode),
         ..status
     }
+}
+
+/// Nothing is kept for a slot that is not there.
+fn retention(seen: &contract::Retention) -> Option<Retention> {
+    seen.slot_exists.then(|| Retention {
+        summary: seen.retained_bytes.map(text::bytes),
+        retained_bytes: seen.retained_bytes.map(signed),
+        wal_status: seen.wal_status.clone(),
+        safe_wal_bytes: seen.safe_wal_size,
+    })
 }
 
 fn tables(by_state: &BTreeMap<String, u32>) -> Option<TableCounts> {

@@ -190,6 +190,20 @@ fn numbers_are_those_of_the_worker() {
 }
 
 #[test]
+fn what_the_source_keeps_is_shown_as_long_as_it_is_known() {
+    let kept = json!({"retention": {"slotExists": true, "retainedBytes": 1_258_291, "walStatus": "extended", "safeWalSize": -7}});
+    let mut mirror = mirror(true);
+    mirror.status = Some(reported(&mirror, None, &answers("Suspended", kept)));
+    let seen = mirror.status.as_ref().and_then(|status| status.retention.clone()).expect("what is kept");
+    assert_eq!((seen.summary.as_deref(), seen.retained_bytes), (Some("1.2 MiB"), Some(1_258_291)));
+    assert_eq!((seen.wal_status.as_deref(), seen.safe_wal_bytes), (Some("extended"), Some(-7)));
+    let of = |observed: &Observed| reported(&mirror, None, observed).retention;
+    assert_eq!(of(&observed(Worker::Unreachable("no answer".into()))), Some(seen), "the last word stays");
+    assert_eq!(of(&answers("Suspended", json!({}))), None, "the source can't be asked");
+    assert_eq!(of(&answers("Suspended", json!({"retention": {"slotExists": false}}))), None);
+}
+
+#[test]
 fn what_was_reached_is_not_forgotten() {
     let mut mirror = mirror(false);
     let streaming = answers("Streaming", json!({"confirmed": "0/10", "received": "0/10"}));

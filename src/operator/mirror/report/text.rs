@@ -20,7 +20,7 @@ pub fn copying(status: &Status) -> String {
 
 /// `12 B`, `1.2 MiB`.
 #[allow(clippy::cast_precision_loss)] // one decimal is shown
-fn bytes(count: u64) -> String {
+pub fn bytes(count: u64) -> String {
     let (mut value, mut unit) = (count as f64, 0);
     // 1023.95 would be shown as 1024.0 of the smaller unit.
     while value >= 1023.95 && unit + 1 < UNITS.len() {
