@@ -21,7 +21,7 @@ render() { # file to write, templates…
     echo "# Rendered from charts/sluice by config/render.sh; do not edit."
     "$helm" template sluice "$here/../charts/sluice" --namespace sluice-system --kube-version 1.33.0 \
       --set crds.keep=false,monitoring.podMonitor.operator=true,monitoring.podMonitor.workers=true \
-      --set monitoring.prometheusRule.enabled=true "${shows[@]}" |
+      --set monitoring.prometheusRule.enabled=true,monitoring.dashboard.enabled=true "${shows[@]}" |
       sed -E -e '/^ *helm\.sh\/chart:/d' -e '/^ *app\.kubernetes\.io\/managed-by: Helm$/d' -e '/^# Source: /d'
   } >"$file"
 }
@@ -29,4 +29,4 @@ render() { # file to write, templates…
 render "$out/crd/crds.yaml" crds
 render "$out/rbac/rbac.yaml" serviceaccount rbac
 render "$out/manager/manager.yaml" deployment poddisruptionbudget networkpolicy deletion-protection
-render "$out/monitoring/monitoring.yaml" podmonitor prometheusrule
+render "$out/monitoring/monitoring.yaml" podmonitor prometheusrule dashboard
