@@ -12,7 +12,7 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Api, Client, CustomResourceExt as _, Resource, ResourceExt as _};
-use serde_json::json;
+use serde_json::{Value, json};
 use sluice::operator::cache::{Caches, Wake, any_change};
 use sluice::operator::client::client as bounded_client;
 use sluice::operator::events::EventKind;
@@ -77,15 +77,19 @@ async fn repeating_an_apply_writes_nothing() {
     let first = apply::apply(&ctx, &config_map(&namespace, "c", "1")).await.expect("applied");
     let again = apply::apply(&ctx, &config_map(&namespace, "c", "1")).await.expect("applied");
     assert_eq!(first.resource_version(), again.resource_version());
-    let unchanged = apply::apply_if_changed(&ctx, &config_map(&namespace, "c", "1"), Some(&again.metadata)).await;
-    assert!(!unchanged.expect("nothing to send"));
-    assert!(apply::apply_if_changed(&ctx, &config_map(&namespace, "c", "2"), Some(&again.metadata)).await.expect("sent"));
+    let unchanged = apply::apply_if_changed(&ctx, &config_map(&namespace, "c", "1"), Some(&again)).await;
+    assert!(unchanged.expect("nothing to send").is_none());
+    let other = apply::apply_if_changed(&ctx, &config_map(&namespace, "c", "2"), Some(&again)).await.expect("sent");
+    assert_ne!(other.expect("it is another one").resource_version(), again.resource_version());
 
     // What somebody else added stays, what they changed of ours comes back.
     let api = Api::<ConfigMap>::namespaced(ctx.client.clone(), &namespace);
-    let theirs = Patch::Merge(json!({"data": {"key": "theirs", "other": "stays"}}));
-    api.patch("c", &PatchParams::default(), &theirs).await.expect("a patch");
-    let data = apply::apply(&ctx, &config_map(&namespace, "c", "2")).await.expect("applied").data.expect("data");
+    let patch = async |data: Value| api.patch("c", &PatchParams::default(), &Patch::Merge(json!({"data": data}))).await.expect("a patch");
+    let added = patch(json!({"other": "stays"})).await;
+    assert!(apply::apply_if_changed(&ctx, &config_map(&namespace, "c", "2"), Some(&added)).await.expect("nothing to send").is_none());
+    let changed = patch(json!({"key": "theirs"})).await;
+    let again = apply::apply_if_changed(&ctx, &config_map(&namespace, "c", "2"), Some(&changed)).await.expect("sent");
+    let data = again.and_then(|again| again.data).expect("data");
     assert_eq!((data["key"].as_str(), data["other"].as_str()), ("2", "stays"));
 
     assert!(apply::delete_if_exists::<ConfigMap>(&ctx, &namespace, "c", Some("another uid")).await.is_ok_and(|deleted| !deleted));

@@ -100,37 +100,55 @@ kill_worker() {
 }
 
 # ---------------------------------------------------------------- every row, both sides
-# digest_query TABLE: a COPY that writes one line per row, its key and a digest of all its columns, in the order of the
-# key. Columns and key are the source's.
-digest_query() {
+# row_queries TABLE: two queries, a line each. The first sums up digests of whole rows, in any order: the number of rows, and
+# both halves of every row's MD5 added up. The second is a COPY of one line per row, its key and its digest, in the order of
+# the key. Columns and key are the source's.
+row_queries() {
   source_psql -v "table=$1" -f - <<'SQL'
-SELECT format('COPY (SELECT concat_ws('':'', %s), md5(ROW(%s)::text) FROM %s ORDER BY %1$s) TO STDOUT', key, columns, :'table')
-FROM (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) AS columns FROM pg_attribute
-      WHERE attrelid = :'table'::regclass AND attnum > 0 AND NOT attisdropped) AS c,
-     (SELECT string_agg(quote_ident(attname), ', ' ORDER BY array_position(indkey::int2[], attnum)) AS key FROM pg_index
-      JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY (indkey) WHERE indrelid = :'table'::regclass AND indisprimary) AS k
+WITH shape AS (
+  SELECT (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute
+          WHERE attrelid = :'table'::regclass AND attnum > 0 AND NOT attisdropped) AS columns,
+         (SELECT string_agg(quote_ident(attname), ', ' ORDER BY array_position(indkey::int2[], attnum)) FROM pg_index
+          JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY (indkey) WHERE indrelid = :'table'::regclass AND indisprimary) AS key)
+SELECT format('SELECT count(*), md5(concat_ws('' '', sum((''x'' || left(digest, 16))::bit(64)::bigint), sum((''x'' || right(digest, 16))::bit(64)::bigint))) '
+              'FROM (SELECT md5(ROW(%s)::text) AS digest FROM %s OFFSET 0) AS rows', columns, :'table') FROM shape
+UNION ALL
+SELECT format('COPY (SELECT concat_ws('':'', %s), md5(ROW(%s)::text) FROM %s ORDER BY %1$s) TO STDOUT', key, columns, :'table') FROM shape
 SQL
 }
-# rows_of PSQL QUERY: text forms depend on the session, so the session is fixed
-rows_of() {
+# answer PSQL QUERY: text forms depend on the session, so the session is fixed
+answer() {
   printf '%s\n' "SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1; SET bytea_output = 'hex';" "$2;" | "$1" -f -
 }
-# compare_table TABLE: prints rows and digest; when the sides differ, the first differences, and fails
+# ask_both QUERY FOLDER: what each side answers, asked at the same time, into FOLDER
+ask_both() {
+  local rc=0 source
+  answer source_psql "$1" > "$2/source" & source=$!
+  answer target_psql "$1" > "$2/target" || rc=1
+  wait "$source" || rc=1
+  return $rc
+}
+# compare_table TABLE: prints rows and digest; when the sides differ, the first rows that do, and fails
 compare_table() {
-  local table=$1 query dir rc=1
+  local table=$1 queries rows digest dir rc=1
   dir=$(mktemp -d)
   # each step is checked by hand: two sides that could not be read are not equal
-  if ! query=$(digest_query "$table") || ! rows_of source_psql "$query" > "$dir/source" || ! rows_of target_psql "$query" > "$dir/target"; then
+  if ! queries=$(row_queries "$table") || ! ask_both "${queries%%$'\n'*}" "$dir"; then
     echo "$table could not be read"
-  elif [ ! -s "$dir/source" ]; then
-    echo "$table is empty in the source: that proves nothing"
-  elif cmp -s "$dir/source" "$dir/target"; then
-    printf '%-12s %9d rows  md5 %s\n' "$table" "$(wc -l < "$dir/source")" "$(md5sum < "$dir/source" | cut -d' ' -f1)"
-    rc=0
   else
-    printf '%-12s DIFFERS: %d rows in the source, %d in the target; first differences (< source, > target):\n' \
-      "$table" "$(wc -l < "$dir/source")" "$(wc -l < "$dir/target")"
-    diff "$dir/source" "$dir/target" | head -20 || true
+    IFS='|' read -r rows digest < "$dir/source" || true
+    if ! [ "${rows:-0}" -gt 0 ]; then
+      echo "$table is empty in the source: that proves nothing"
+    elif cmp -s "$dir/source" "$dir/target"; then
+      printf '%-12s %9d rows  md5 %s\n' "$table" "$rows" "$digest"
+      rc=0
+    else
+      printf '%-12s DIFFERS: %d rows in the source, %d in the target; first differences (< source, > target):\n' \
+        "$table" "$rows" "$(cut -d'|' -f1 "$dir/target")"
+      # now every row's digest is worth the way here
+      ask_both "${queries#*$'\n'}" "$dir" || echo "its rows could not be read"
+      diff "$dir/source" "$dir/target" | head -20 || true
+    fi
   fi
   rm -rf "$dir"
   return $rc

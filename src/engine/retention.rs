@@ -33,7 +33,9 @@ impl Retention {
     #[must_use]
     pub fn notice(&self, slot: &str) -> Option<Notice> {
         if self.wal_status.as_deref() == Some("lost") {
-            let message = format!("the source has invalidated slot {slot}: the stream can't go on; make the Mirror anew");
+            let message = format!(
+                "the source has invalidated slot {slot}: changes are gone, the tables need a new copy; delete the Mirror and create it again, with snapshot.existingRows: Truncate"
+            );
             return Some(Notice { reason: reason::SLOT_LOST, message });
         }
         let retained = i64::try_from(self.retained.unwrap_or_default()).unwrap_or(i64::MAX);

@@ -5,7 +5,7 @@
 use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::core::{ObjectList, PartialObjectMeta};
 use kube::{Api, Resource, ResourceExt as _};
@@ -17,6 +17,7 @@ use std::fmt::Debug;
 use std::fmt::Write as _;
 use std::time::Duration;
 use tokio::time::timeout;
+use tracing::info;
 
 /// Field manager of children.
 pub const MANAGER: &str = "sluice-operator";
@@ -24,6 +25,9 @@ pub const MANAGER: &str = "sluice-operator";
 pub const STATUS_MANAGER: &str = "sluice-operator-status";
 /// Annotation with the hash of what was applied last.
 pub const APPLIED_HASH: &str = "sluice.dev/applied-hash";
+/// Label with the digest of the fields that [`apply`] has left as ours. No annotation: each change of those counts as a new generation
+/// of a Deployment.
+pub const OWNED_FIELDS: &str = "sluice.dev/owned-fields";
 /// Longest time of one write.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 /// Tries of a finalizer patch that somebody else's write came before.
@@ -50,16 +54,60 @@ pub async fn apply<K: Object + Serialize>(ctx: &Context, desired: &K) -> Result<
     result
 }
 
-/// [`apply`], unless `live` (from a cache) carries the hash of `desired` and is not being deleted. Returns whether it was sent.
+/// [`apply`], unless `live` is `desired` already. Returns what was made of it when it was sent.
 ///
 /// # Errors
 /// As [`apply`].
-pub async fn apply_if_changed<K: Object + Serialize>(ctx: &Context, desired: &K, live: Option<&ObjectMeta>) -> Result<bool> {
-    if live.is_some_and(|live| is_applied(live, desired)) {
-        ctx.metrics.applied(&K::kind(&()), "unchanged");
-        return Ok(false);
+pub async fn apply_if_changed<K: Object + Serialize>(ctx: &Context, desired: &K, live: Option<&K>) -> Result<Option<K>> {
+    if let Some(live) = live.filter(|live| is_applied(live.meta(), desired)) {
+        if holds(&to_json(live)?, &to_json(desired)?) {
+            ctx.metrics.applied(&K::kind(&()), "unchanged");
+            return Ok(None);
+        }
+        info!(kind = %K::kind(&()), namespace = live.namespace(), name = live.name_any(), "somebody has changed it; it is put right");
     }
-    apply(ctx, desired).await.map(|_| true)
+    apply(ctx, desired).await.map(Some)
+}
+
+/// Whether all of `desired` is found in `live`. What others have added beside it does not count, but an element of a list does.
+fn holds(live: &Value, desired: &Value) -> bool {
+    match (live, desired) {
+        (Value::Object(live), Value::Object(desired)) => {
+            desired.iter().all(|(key, desired)| live.get(key).is_some_and(|live| holds(live, desired)))
+        }
+        (Value::Array(live), Value::Array(desired)) => {
+            live.len() == desired.len() && live.iter().zip(desired).all(|(live, desired)| holds(live, desired))
+        }
+        _ => live == desired,
+    }
+}
+
+/// Digest of the fields that [`apply`] has set and that nobody else has changed or removed since (Kubernetes manual: "Field
+/// management"). What the server adds, and what others do, is not part of it.
+pub fn owned_fields(meta: &ObjectMeta) -> Option<String> {
+    let ours = |entry: &&ManagedFieldsEntry| {
+        entry.manager.as_deref() == Some(MANAGER) && entry.operation.as_deref() == Some("Apply") && entry.subresource.is_none()
+    };
+    meta.managed_fields.iter().flatten().find(ours)?.fields_v1.as_ref().map(|fields| hash(&fields.0))
+}
+
+/// Notes on `applied`, as [`apply`] has returned it, which fields are ours, for [`is_edited`]. For kinds of which no cache holds the
+/// spec.
+///
+/// # Errors
+/// As the API server answers.
+pub async fn note_owned_fields<K: Object>(ctx: &Context, applied: &K) -> Result<()> {
+    let Some(owned) = owned_fields(applied.meta()).filter(|owned| applied.labels().get(OWNED_FIELDS) != Some(owned)) else { return Ok(()) };
+    let (namespace, name) = place(applied)?;
+    let api = Api::<K>::namespaced(ctx.client.clone(), &namespace);
+    let patch = Patch::Merge(json!({"metadata": {"labels": {OWNED_FIELDS: owned}, "uid": applied.meta().uid}}));
+    in_time::<K, _>("note", &name, api.patch_metadata(&name, &PatchParams::default(), &patch)).await.map(|_| ())
+}
+
+/// Whether somebody has changed or removed what [`apply`] had set when that was noted; `owned` as [`owned_fields`] of now.
+pub fn is_edited(live: &ObjectMeta, owned: Option<&String>) -> bool {
+    let noted = live.labels.as_ref().and_then(|all| all.get(OWNED_FIELDS));
+    noted.is_some() && noted != owned
 }
 
 /// Whether `live` is what [`apply`] made of `desired`.
@@ -297,5 +345,43 @@ mod tests {
         assert!(is_applied(&live, &desired));
         let changed = ConfigMap { data: Some([("k".to_owned(), "w".to_owned())].into()), ..desired };
         assert!(!is_applied(&live, &changed));
+    }
+
+    #[test]
+    fn what_others_have_added_does_not_count_and_what_they_have_changed_does() {
+        let desired = json!({"metadata": {"labels": {"a": "1"}}, "spec": {"ingress": [{"port": 1, "from": []}]}});
+        let changed = |path: &str, value: Value| {
+            let mut live =
+                json!({"metadata": {"labels": {"a": "1", "b": "2"}, "uid": "u"}, "spec": {"ingress": [{"port": 1, "from": [], "x": 0}]}});
+            assert!(holds(&live, &desired));
+            *live.pointer_mut(path).expect("a place") = value;
+            holds(&live, &desired)
+        };
+        assert!(changed("/metadata/labels/b", json!("3")));
+        assert!(!changed("/metadata/labels/a", json!("2")));
+        assert!(!changed("/metadata/labels", json!({"b": "2"})));
+        assert!(!changed("/spec/ingress/0/port", json!(2)));
+        assert!(!changed("/spec/ingress", json!([{"port": 1, "from": []}, {}])), "another rule lets in more");
+        assert!(!changed("/spec", Value::Null));
+    }
+
+    #[test]
+    fn a_field_that_is_no_longer_ours_was_edited() {
+        let with = |noted: Option<&str>, fields: Value| {
+            let managed = json!([
+                {"manager": "kubectl-edit", "operation": "Update", "fieldsV1": {"f:spec": {"f:replicas": {}}}},
+                {"manager": MANAGER, "operation": "Apply", "fieldsV1": fields},
+                {"manager": STATUS_MANAGER, "operation": "Apply", "subresource": "status", "fieldsV1": {"f:status": {}}},
+            ]);
+            let labels = noted.map(|noted| json!({OWNED_FIELDS: noted}));
+            serde_json::from_value::<ObjectMeta>(json!({"managedFields": managed, "labels": labels})).expect("metadata")
+        };
+        let is_edited = |meta: &ObjectMeta| is_edited(meta, owned_fields(meta).as_ref());
+        let all = json!({"f:spec": {"f:replicas": {}, "f:template": {}}});
+        let noted = owned_fields(&with(None, all.clone())).expect("a digest");
+        assert!(!is_edited(&with(Some(&noted), all.clone())));
+        assert!(is_edited(&with(Some(&noted), json!({"f:spec": {"f:template": {}}}))));
+        assert!(!is_edited(&with(None, all)), "nobody knows");
+        assert!(is_edited(&ObjectMeta { managed_fields: None, ..with(Some(&noted), json!({})) }));
     }
 }

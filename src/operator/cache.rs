@@ -7,10 +7,13 @@ use super::health::Waiting;
 use super::shutdown::Shutdown;
 use super::slim::{SlimDeployment, SlimMirror, SlimPod};
 use super::watch::Watchable;
-use crate::resources::names::WORKER_SELECTOR;
+use crate::resources::names::{POLICY_SELECTOR, WORKER_SELECTOR};
 use crate::resources::{Source, Target};
 use futures::stream::{self, BoxStream, Stream, StreamExt as _};
+use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Resource;
+use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{Lookup as _, ObjectRef, Store};
 use kube::runtime::watcher::{self, Event};
@@ -35,6 +38,10 @@ pub struct Caches {
     pub deployments: Watched<SlimDeployment>,
     /// Pods of workers.
     pub pods: Watched<SlimPod>,
+    /// ConfigMaps of workers: of documents that may be large, metadata alone.
+    pub config_maps: Watched<PartialObjectMeta<ConfigMap>>,
+    /// NetworkPolicies for workers, where the operator writes them: metadata alone.
+    pub policies: Option<Watched<PartialObjectMeta<NetworkPolicy>>>,
 }
 
 impl Caches {
@@ -49,7 +56,25 @@ impl Caches {
             targets: ctx.watch(&all),
             deployments: ctx.watch(&workers),
             pods: ctx.watch(&workers),
+            config_maps: ctx.watches.watch_metadata(&workers),
+            policies: ctx.options.worker_network_policies.then(|| {
+                let ours = watcher::Config::default().any_semantic().labels(POLICY_SELECTOR);
+                ctx.watches.watch_metadata(&ours)
+            }),
         }
+    }
+
+    /// Whether each of them has been filled once.
+    pub fn filled(&self) -> Vec<watch::Receiver<bool>> {
+        let always = [
+            self.mirrors.filled(),
+            self.sources.filled(),
+            self.targets.filled(),
+            self.deployments.filled(),
+            self.pods.filled(),
+            self.config_maps.filled(),
+        ];
+        always.into_iter().chain(self.policies.as_ref().map(Watched::filled)).collect()
     }
 
     /// Runs them until `shutdown`.
@@ -59,6 +84,10 @@ impl Caches {
         self.targets.spawn(tasks, shutdown);
         self.deployments.spawn(tasks, shutdown);
         self.pods.spawn(tasks, shutdown);
+        self.config_maps.spawn(tasks, shutdown);
+        if let Some(policies) = self.policies {
+            policies.spawn(tasks, shutdown);
+        }
     }
 }
 

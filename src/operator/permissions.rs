@@ -53,11 +53,11 @@ pub fn needed(options: &Options) -> Vec<Right> {
         }
         add(scope, "", "secrets", None, if options.protect_secrets { &["get", "patch"] } else { &["get"] });
         add(scope, "sluice.dev", "mirrors/finalizers", None, &["update"]);
-        add(scope, "", "configmaps", None, &["get", "create", "patch", "delete"]);
+        add(scope, "", "configmaps", None, &["get", "list", "watch", "create", "patch", "delete"]);
         add(scope, "apps", "deployments", None, &["get", "list", "watch", "create", "patch", "delete"]);
         add(scope, "", "pods", None, &["list", "watch", "patch", "delete"]);
         if options.worker_network_policies {
-            add(scope, "networking.k8s.io", "networkpolicies", None, &["get", "create", "patch", "delete"]);
+            add(scope, "networking.k8s.io", "networkpolicies", None, &["get", "list", "watch", "create", "patch", "delete"]);
         }
         add(scope, "events.k8s.io", "events", None, &["create", "patch"]);
         if scope.is_some() && !options.role_binding.is_empty() {

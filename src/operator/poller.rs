@@ -71,6 +71,7 @@ enum Key {
     Answers {
         phase: Phase,
         error: Option<(String, String)>,
+        notice: Option<String>,
         epoch: i64,
         generation: i64,
         copied: bool,
@@ -248,6 +249,7 @@ fn digest(polled: &Polled) -> (Option<Key>, Numbers) {
         (None, Some((status, _))) => Some(Key::Answers {
             phase: status.phase,
             error: status.error.as_ref().map(|error| (error.class.clone(), error.reason.clone())),
+            notice: status.notice.as_ref().map(|notice| notice.reason.clone()),
             epoch: status.epoch,
             generation: status.generation,
             copied: status.snapshot_completed,

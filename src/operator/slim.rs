@@ -2,6 +2,7 @@
 //!
 //! Invariant: what is kept of a Mirror does not grow with the number of its tables.
 
+use super::apply;
 use crate::resources::{DeletionPolicy, LocalRef, MirrorStatus, Worker};
 use k8s_openapi::api::apps::v1::DeploymentCondition;
 use k8s_openapi::api::core::v1::PodCondition;
@@ -167,14 +168,30 @@ impl SlimPod {
 
 /// What is read of a Deployment. Never written back.
 #[derive(Resource, Clone, Debug, Default, Deserialize)]
+#[serde(from = "DeploymentAsSent")]
 #[resource(inherit = "k8s_openapi::api::apps::v1::Deployment")]
 pub struct SlimDeployment {
     /// Metadata without managed fields.
-    #[serde(default)]
     pub metadata: ObjectMeta,
+    /// Digest of the fields that are ours, see [`apply::owned_fields`].
+    pub owned_fields: Option<String>,
     /// What the Deployment controller reports.
-    #[serde(default)]
     pub status: SlimDeploymentStatus,
+}
+
+#[derive(Deserialize)]
+struct DeploymentAsSent {
+    #[serde(default)]
+    metadata: ObjectMeta,
+    #[serde(default)]
+    status: SlimDeploymentStatus,
+}
+
+impl From<DeploymentAsSent> for SlimDeployment {
+    fn from(sent: DeploymentAsSent) -> Self {
+        let owned_fields = apply::owned_fields(&sent.metadata);
+        Self { metadata: ObjectMeta { managed_fields: None, ..sent.metadata }, owned_fields, status: sent.status }
+    }
 }
 
 /// What the Deployment controller reports.
@@ -215,7 +232,10 @@ mod tests {
         assert_eq!((container.restart_count, container.last_state.terminated.as_ref().and_then(|why| why.exit_code)), (3, Some(137)));
         let deployment: SlimDeployment =
             serde_json::from_value(json!({"metadata": {"name": "d"}, "spec": {"replicas": 1}})).expect("a deployment");
-        assert!(deployment.status.conditions.is_empty());
+        assert!(deployment.status.conditions.is_empty() && deployment.owned_fields.is_none());
+        let ours = json!([{"manager": apply::MANAGER, "operation": "Apply", "fieldsV1": {"f:spec": {"f:replicas": {}}}}]);
+        let deployment: SlimDeployment = serde_json::from_value(json!({"metadata": {"managedFields": ours}})).expect("a deployment");
+        assert!(deployment.owned_fields.is_some() && deployment.metadata.managed_fields.is_none());
         assert_eq!(SlimPod::url_path(&(), Some("n")), "/api/v1/namespaces/n/pods");
     }
 }

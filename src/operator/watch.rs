@@ -9,11 +9,11 @@ use super::client::listening;
 use super::health::Health;
 use super::join::Join;
 use super::metrics::Metrics;
-use futures::StreamExt as _;
 use futures::stream::{BoxStream, select_all};
+use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::core::DeserializeGuard;
+use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::watcher::{self, Event};
@@ -70,12 +70,21 @@ impl Watches {
 
     /// Watches `K` in the served namespaces. `config` says what and how it is listed; its timeout is replaced.
     pub fn watch<K: Watchable>(&self, config: &watcher::Config) -> Watched<K> {
-        let (store, writer) = reflector::store();
-        Watched::new(writer, self.events::<K>(config, store), self.health.wait_for(format!("the cache of {}", K::plural(&()))))
+        self.watched(config, whole)
     }
 
-    fn events<K: Watchable>(&self, config: &watcher::Config, store: Store<K>) -> BoxStream<'static, Event<K>> {
-        let streams: Vec<_> = self.scopes.iter().map(|scope| self.one(scope.as_deref(), config)).collect();
+    /// The same of metadata alone: the API server sends no more.
+    pub fn watch_metadata<K: Watchable>(&self, config: &watcher::Config) -> Watched<PartialObjectMeta<K>> {
+        self.watched(config, metadata)
+    }
+
+    fn watched<K: Watchable>(&self, config: &watcher::Config, open: Open<K>) -> Watched<K> {
+        let (store, writer) = reflector::store();
+        Watched::new(writer, self.events(config, open, store), self.health.wait_for(format!("the cache of {}", K::plural(&()))))
+    }
+
+    fn events<K: Watchable>(&self, config: &watcher::Config, open: Open<K>, store: Store<K>) -> BoxStream<'static, Event<K>> {
+        let streams: Vec<_> = self.scopes.iter().map(|scope| self.one(scope.as_deref(), config, open)).collect();
         if let [scope] = self.scopes.as_slice() {
             let named = scope.as_deref().unwrap_or("all namespaces");
             tracing::debug!(kind = %K::kind(&()), scope = named, "watching");
@@ -95,7 +104,7 @@ impl Watches {
     }
 
     /// The events of one namespace, or of all, without errors and without what nobody reads.
-    fn one<K: Watchable>(&self, namespace: Option<&str>, config: &watcher::Config) -> BoxStream<'static, Event<K>> {
+    fn one<K: Watchable>(&self, namespace: Option<&str>, config: &watcher::Config, open: Open<K>) -> BoxStream<'static, Event<K>> {
         let kind = K::kind(&()).into_owned();
         let watch = self.health.watch(&kind, self.timeout + self.grace);
         let heard = {
@@ -106,21 +115,52 @@ impl Watches {
             })
         };
         let client = listening(&self.client, heard);
-        let api: Api<DeserializeGuard<K>> =
-            namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace));
         let seconds = u32::try_from(self.timeout.as_secs()).unwrap_or(u32::MAX).max(1);
         let config = config.clone().timeout(seconds);
         let metrics = self.metrics.clone();
         // Of several namespaces one may be gone, and our rights with it: the caches of the others do not wait for it.
         let mut refusals = (self.scopes.len() > 1).then_some(0);
-        watcher::watcher(api, config)
-            .default_backoff()
+        open(client, namespace, config)
             .flat_map(move |event| {
                 let empty = counts_as_empty(&mut refusals, &event).then(|| [Event::Init, Event::InitDone]);
                 let event = checked(event, &kind, &metrics, &watch);
                 futures::stream::iter(empty.into_iter().flatten().chain(event))
             })
             .boxed()
+    }
+}
+
+/// What a watch tells.
+type Told<K> = watcher::Result<Event<DeserializeGuard<K>>>;
+/// Opens a watch of one namespace, or of all.
+type Open<K> = fn(Client, Option<&str>, watcher::Config) -> BoxStream<'static, Told<K>>;
+
+fn whole<K: Watchable>(client: Client, namespace: Option<&str>, config: watcher::Config) -> BoxStream<'static, Told<K>> {
+    watcher::watcher(api::<DeserializeGuard<K>>(client, namespace), config).default_backoff().boxed()
+}
+
+/// There is none that cannot be decoded.
+fn metadata<K: Watchable>(
+    client: Client,
+    namespace: Option<&str>,
+    config: watcher::Config,
+) -> BoxStream<'static, Told<PartialObjectMeta<K>>> {
+    let decoded = |object| DeserializeGuard(Ok(object));
+    let watch = watcher::watcher(api::<PartialObjectMeta<K>>(client, namespace), config).default_backoff();
+    let events = watch.map_ok(move |event| match event {
+        Event::Init => Event::Init,
+        Event::InitDone => Event::InitDone,
+        Event::InitApply(object) => Event::InitApply(decoded(object)),
+        Event::Apply(object) => Event::Apply(decoded(object)),
+        Event::Delete(object) => Event::Delete(decoded(object)),
+    });
+    events.boxed()
+}
+
+fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(client: Client, namespace: Option<&str>) -> Api<K> {
+    match namespace {
+        Some(namespace) => Api::namespaced(client, namespace),
+        None => Api::all(client),
     }
 }
 
@@ -136,12 +176,7 @@ fn counts_as_empty<K>(refusals: &mut Option<u32>, event: &watcher::Result<Event<
 }
 
 /// Logs and counts what is wrong, passes on what is right. Holding `_watch` ties the demand for freshness to the life of the stream.
-fn checked<K: Watchable>(
-    event: watcher::Result<Event<DeserializeGuard<K>>>,
-    kind: &str,
-    metrics: &Metrics,
-    _watch: &Arc<super::health::Watch>,
-) -> Option<Event<K>> {
+fn checked<K: Watchable>(event: Told<K>, kind: &str, metrics: &Metrics, _watch: &Arc<super::health::Watch>) -> Option<Event<K>> {
     let whole = |guard: DeserializeGuard<K>| match guard.0 {
         Ok(mut object) => {
             prune(object.meta_mut());

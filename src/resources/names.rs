@@ -34,6 +34,8 @@ pub const WORKER: &str = "worker";
 pub const MIRROR_LABEL: &str = "sluice.dev/mirror";
 /// Label: uid of the Mirror.
 pub const MIRROR_UID_LABEL: &str = "sluice.dev/mirror-uid";
+/// Selects the NetworkPolicies that the operator makes for workers.
+pub const POLICY_SELECTOR: &str = "app.kubernetes.io/managed-by=sluice";
 /// Selects all objects that the operator makes for Mirrors.
 pub const WORKER_SELECTOR: &str = "app.kubernetes.io/managed-by=sluice,app.kubernetes.io/component=worker";
 

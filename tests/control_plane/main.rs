@@ -6,6 +6,7 @@ mod support;
 
 mod chart;
 mod deletion;
+mod edits;
 mod protection;
 mod references;
 mod rights;

@@ -40,6 +40,21 @@ async fn a_slot_belongs_to_one_mirror() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_is_lost_while_suspended_is_told_at_once() {
+    let stage = Stage::set().await;
+    let worker = stage.streaming(json!({})).await;
+    stage.patch::<Mirror>("orders", json!({"spec": {"suspend": true}})).await;
+    stage.until("orders", "True", "Suspended").await;
+    // As a worker says it that looks at the slot while it rests.
+    worker.says(json!({"notice": {"reason": "SlotLost", "message": "delete the Mirror and create it again"}}));
+    stage.until("orders", "False", "SlotLost").await;
+    assert_eq!(stage.condition("orders", kind::STALLED).await, ("True".into(), "SlotLost".into()));
+    assert_eq!(stage.condition("orders", kind::SUSPENDED).await.0, "True");
+    assert_eq!(stage.status("orders").await.last_error.as_deref(), Some("SlotLost: delete the Mirror and create it again"));
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_given_up_without_a_try() {
     let mut stage = Stage::set().await;
     stage.with_worker(json!({"slotName": "mine"})).await;

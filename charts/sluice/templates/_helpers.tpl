@@ -78,10 +78,11 @@ app.kubernetes.io/part-of: sluice
   resources: [secrets]
   verbs: [get]
 {{- end }}
-# A worker's configuration; server-side apply needs create and patch.
+# A worker's configuration; server-side apply needs create and patch, and what somebody edits by hand is put right at once.
+# Of those that are watched only the operator's own are selected, and nothing but their metadata is sent.
 - apiGroups: [""]
   resources: [configmaps]
-  verbs: [get, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
 # The worker itself.
 - apiGroups: [apps]
   resources: [deployments]
@@ -95,7 +96,7 @@ app.kubernetes.io/part-of: sluice
 # Let only the operator and Prometheus reach a worker's port (worker.networkPolicies).
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [get, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
 {{- end }}
 # Tell of transitions beside the resource.
 - apiGroups: [events.k8s.io]

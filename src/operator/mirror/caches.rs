@@ -7,7 +7,10 @@ use crate::operator::cache;
 use crate::operator::slim::{SlimDeployment, SlimMirror, SlimPod};
 use crate::resources::names::{MIRROR_FINALIZER, MIRROR_LABEL, MIRROR_UID_LABEL, has_finalizer};
 use crate::resources::{LocalRef, Source, Target};
+use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::ResourceExt as _;
+use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::{ObjectRef, Store};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,8 +28,12 @@ pub struct Caches {
     pub deployments: Store<SlimDeployment>,
     /// Pods of workers.
     pub pods: Store<SlimPod>,
+    /// ConfigMaps of workers.
+    config_maps: Store<PartialObjectMeta<ConfigMap>>,
+    /// NetworkPolicies for workers, where the operator writes them.
+    policies: Option<Store<PartialObjectMeta<NetworkPolicy>>>,
     /// Whether each of them has been filled once.
-    filled: [watch::Receiver<bool>; 5],
+    filled: Vec<watch::Receiver<bool>>,
     /// Which pods a Mirror has had: a scan of all pods in every pass would not scale.
     pub pod_names: Arc<PodNames>,
 }
@@ -40,13 +47,9 @@ impl Caches {
             targets: shared.targets.store.clone(),
             deployments: shared.deployments.store.clone(),
             pods: shared.pods.store.clone(),
-            filled: [
-                shared.mirrors.filled(),
-                shared.sources.filled(),
-                shared.targets.filled(),
-                shared.deployments.filled(),
-                shared.pods.filled(),
-            ],
+            config_maps: shared.config_maps.store.clone(),
+            policies: shared.policies.as_ref().map(|policies| policies.store.clone()),
+            filled: shared.filled(),
             pod_names: Arc::default(),
         }
     }
@@ -89,6 +92,17 @@ impl Caches {
         plan::is_owned(&found.metadata, mirror).then_some(found)
     }
 
+    /// Resource version of the ConfigMap of the Mirror's worker.
+    pub fn document_version(&self, mirror: &SlimMirror) -> Option<String> {
+        let name = crate::resources::names::worker_name(plan::name(mirror));
+        self.config_maps.get(&ObjectRef::new(&name).within(plan::namespace(mirror)))?.resource_version()
+    }
+
+    /// Resource version of the namespace's NetworkPolicy for workers.
+    pub fn policy_version(&self, namespace: &str) -> Option<String> {
+        self.policies.as_ref()?.get(&ObjectRef::new(plan::POLICY_NAME).within(namespace))?.resource_version()
+    }
+
     /// The pods of this very Mirror.
     pub fn pods(&self, mirror: &SlimMirror) -> Vec<Arc<SlimPod>> {
         let of_this = |pod: &Arc<SlimPod>| pod.labels().get(MIRROR_UID_LABEL).is_some_and(|uid| uid == plan::uid(mirror));
@@ -126,6 +140,12 @@ impl PodNames {
         }
         found
     }
+}
+
+/// The Mirrors of a namespace.
+pub fn inhabitants(mirrors: &Store<SlimMirror>, namespace: Option<&str>) -> Vec<ObjectRef<SlimMirror>> {
+    let all = mirrors.state().into_iter();
+    all.filter(|mirror| mirror.metadata.namespace.as_deref() == namespace).map(|mirror| ObjectRef::from_obj(mirror.as_ref())).collect()
 }
 
 /// The Mirrors of a namespace that refer to `name`.

@@ -38,8 +38,8 @@ const TOUCH: Duration = Duration::from_secs(3);
 pub struct Applied {
     /// The API server takes none of it.
     pub refused: Option<Problem>,
-    /// The document is another one.
-    pub document_changed: bool,
+    /// Resource version of the ConfigMap that was written; `None`: it was as it should be.
+    pub document: Option<String>,
     /// The worker waits for its turn to take a new release.
     pub waits_for_turn: bool,
 }
@@ -60,7 +60,7 @@ impl Mirrors {
         }
         let written = async {
             if let Some(desired) = &intent.desired {
-                applied.document_changed = self.apply_document(mirror, desired, decision.config_map.as_ref()).await?;
+                applied.document = self.apply_document(mirror, desired, decision.config_map.as_ref()).await?;
             }
             if intent.deploy {
                 applied.waits_for_turn = self.apply_deployment(mirror, intent, around).await?;
@@ -124,12 +124,14 @@ impl Mirrors {
     }
 
     async fn protect_network(&self, namespace: &str) -> Result<()> {
-        if !self.ctx.options.worker_network_policies || self.memory.policies.is_fresh(&namespace.to_owned()) {
+        let place = namespace.to_owned();
+        let is_untouched = || self.memory.policies.last(&place).is_some_and(|left| left == self.caches.policy_version(namespace));
+        if !self.ctx.options.worker_network_policies || (self.memory.policies.is_fresh(&place) && is_untouched()) {
             return Ok(());
         }
-        let live = apply::get::<PartialObjectMeta<NetworkPolicy>>(&self.ctx, namespace, plan::POLICY_NAME).await?;
-        apply::apply_if_changed(&self.ctx, &plan::network_policy(namespace), live.as_ref().map(|live| &live.metadata)).await?;
-        self.memory.policies.put(namespace.to_owned(), ());
+        let live = apply::get::<NetworkPolicy>(&self.ctx, namespace, plan::POLICY_NAME).await?;
+        let made = apply::apply_if_changed(&self.ctx, &plan::network_policy(namespace), live.as_ref()).await?;
+        self.memory.policies.put(place, made.or(live).and_then(|policy| policy.resource_version()));
         Ok(())
     }
 
@@ -146,12 +148,13 @@ impl Mirrors {
         Ok(())
     }
 
-    /// Returns whether the document was written.
-    async fn apply_document(&self, mirror: &SlimMirror, desired: &Desired, live: Option<&ObjectMeta>) -> Result<bool> {
+    /// Returns the resource version of a ConfigMap that had to be written.
+    async fn apply_document(&self, mirror: &SlimMirror, desired: &Desired, live: Option<&ConfigMap>) -> Result<Option<String>> {
         let planned =
             plan::config_map(mirror, desired).map_err(|error| OperatorError::new(ErrorClass::Bug, "InternalError", error.to_string()))?;
-        self.make_room::<ConfigMap>(mirror, live).await?;
-        apply::apply_if_changed(&self.ctx, &planned, live).await
+        self.make_room::<ConfigMap>(mirror, live.map(|live| &live.metadata)).await?;
+        let made = apply::apply_if_changed(&self.ctx, &planned, live).await?;
+        Ok(made.map(|made| made.resource_version().unwrap_or_default()))
     }
 
     /// Returns whether a new release waits for its turn.
@@ -162,7 +165,8 @@ impl Mirrors {
         let seen = around.deployment.as_ref().map(|deployment| &deployment.metadata);
         let policy = mirror.spec.worker.as_ref().map(|worker| worker.update_policy).unwrap_or_default();
         // Of a worker that can't start, or ends whenever it does, nothing is lost: a corrected image reaches it without further ado.
-        let is_free = intent.resumes || is_stuck(&self.caches.pods(mirror), Timestamp::now());
+        let is_edited = around.deployment.as_ref().is_some_and(|seen| apply::is_edited(&seen.metadata, seen.owned_fields.as_ref()));
+        let is_free = is_edited || intent.resumes || is_stuck(&self.caches.pods(mirror), Timestamp::now());
         match rollout::decide(seen, &planned, is_free, policy) {
             Decision::Keep => return Ok(false),
             Decision::Roll if !self.may_roll(mirror) => return Ok(true),
@@ -174,7 +178,13 @@ impl Mirrors {
         let there = apply::get::<PartialObjectMeta<Deployment>>(&self.ctx, plan::namespace(mirror), &name).await?;
         let there = there.as_ref().map(|there| &there.metadata);
         self.make_room::<Deployment>(mirror, there).await?;
-        apply::apply_if_changed(&self.ctx, &planned, there).await?;
+        let is_edited = there.is_some_and(|there| apply::is_edited(there, apply::owned_fields(there).as_ref()));
+        if is_edited {
+            info!(deployment = name, "somebody has changed it; it is put right");
+        }
+        if is_edited || there.is_none_or(|there| !apply::is_applied(there, &planned)) {
+            apply::note_owned_fields(&self.ctx, &apply::apply(&self.ctx, &planned).await?).await?;
+        }
         Ok(false)
     }
 
@@ -284,7 +294,7 @@ pub struct Decided {
     /// On what it rests, when it was decided in this pass.
     pub basis: Option<Basis>,
     /// The ConfigMap as it was read in this pass.
-    pub config_map: Option<ObjectMeta>,
+    pub config_map: Option<ConfigMap>,
 }
 
 impl Decided {

@@ -1,9 +1,9 @@
 //! The loop of one Mirror, as a list of steps, and the watches that wake it.
 
-use super::caches::{Caches, PodNames, users, waiting_for};
+use super::caches::{Caches, PodNames, inhabitants, users, waiting_for};
 use super::children::{Applied, Around, Decided};
 use super::intent::{Basis, Intent, intend};
-use super::memory::Memory;
+use super::memory::{Memory, Standing};
 use super::observe::{Observed, observe};
 use super::peer::Peer;
 use super::plan::{self, Live};
@@ -19,7 +19,7 @@ use crate::operator::error::{ErrorClass, OperatorError, Result};
 use crate::operator::events::EventKind;
 use crate::operator::reconcile::{self, requeue};
 use crate::operator::shutdown::Shutdown;
-use crate::operator::slim::{SlimDeployment, SlimMirror};
+use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, kind, reason};
 use crate::resources::names::{self, MIRROR_FINALIZER, MIRROR_LABEL, has_finalizer, worker_name};
 use crate::resources::{Mirror, MirrorStatus};
@@ -69,7 +69,7 @@ pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, s
 
 /// What wakes a Mirror.
 fn listen(shared: &mut cache::Caches, wake: &Wake<SlimMirror>, this: &Arc<Mirrors>, pod_names: Arc<PodNames>) {
-    let [of_source, of_target, known] = std::array::from_fn(|_| this.caches.mirrors.clone());
+    let [of_source, of_target, of_policy, known] = std::array::from_fn(|_| this.caches.mirrors.clone());
     shared.mirrors.wake(wake, beyond_status(), |mirror| [ObjectRef::from_obj(mirror)]);
     shared.sources.wake(wake, any_change(), move |source| {
         users(&of_source, source.metadata.namespace.as_deref(), &source.name_any(), |mirror| &mirror.spec.source_ref)
@@ -78,6 +78,10 @@ fn listen(shared: &mut cache::Caches, wake: &Wake<SlimMirror>, this: &Arc<Mirror
         users(&of_target, target.metadata.namespace.as_deref(), &target.name_any(), |mirror| &mirror.spec.target_ref)
     });
     shared.deployments.wake(wake, any_change(), owner);
+    shared.config_maps.wake(wake, any_change(), owner);
+    if let Some(policies) = &mut shared.policies {
+        policies.wake(wake, any_change(), move |policy| inhabitants(&of_policy, policy.metadata.namespace.as_deref()));
+    }
     shared.pods.wake(wake, any_change(), move |pod| pod_names.note(pod));
     let (this, wake) = (Arc::clone(this), wake.clone());
     shared.mirrors.on_deletion(move |gone| {
@@ -95,8 +99,8 @@ fn patient(mut intent: Intent, age: Duration) -> Intent {
     intent
 }
 
-fn owner(deployment: &SlimDeployment) -> Option<ObjectRef<SlimMirror>> {
-    Some(ObjectRef::new(deployment.labels().get(MIRROR_LABEL)?).within(&deployment.namespace()?))
+fn owner<K: Resource>(child: &K) -> Option<ObjectRef<SlimMirror>> {
+    Some(ObjectRef::new(child.labels().get(MIRROR_LABEL)?).within(&child.namespace()?))
 }
 
 fn is_ready(mirror: &SlimMirror) -> bool {
@@ -152,7 +156,7 @@ impl Mirrors {
             return Ok(Some(Decided::of(patient(intent, age(&mirror.metadata)))));
         }
         let uid = plan::uid(mirror);
-        if let Some(intent) = self.memory.decided(uid, &basis, around.in_effect) {
+        if let Some(intent) = self.memory.decided(uid, &basis, around.in_effect, self.caches.document_version(mirror).as_deref()) {
             return Ok(Some(Decided::of(intent)));
         }
         let (namespace, name) = (plan::namespace(mirror), plan::name(mirror));
@@ -162,13 +166,15 @@ impl Mirrors {
         let Some(whole) = whole.filter(|whole| whole.metadata.uid.as_deref() == Some(uid)) else { return Ok(None) };
         let live = Live { document: document_in(mirror, config_map.as_ref()), in_effect: around.in_effect };
         let intent = intend(mirror, &whole.spec, &basis, &live);
-        Ok(Some(Decided { intent, basis: Some(basis), config_map: config_map.map(|map| map.metadata) }))
+        Ok(Some(Decided { intent, basis: Some(basis), config_map }))
     }
 
     /// What was decided in this pass and carried out holds for the next ones.
     fn remember(&self, mirror: &SlimMirror, decision: Decided, applied: &Applied) -> Intent {
         if let Some(basis) = decision.basis.filter(|_| applied.refused.is_none()) {
-            self.memory.decisions.put(plan::uid(mirror).to_owned(), (basis, decision.intent.carried_out()));
+            let document = applied.document.clone().or_else(|| decision.config_map.as_ref()?.resource_version());
+            let standing = Standing { basis, intent: decision.intent.carried_out(), document };
+            self.memory.decisions.put(plan::uid(mirror).to_owned(), standing);
         }
         decision.intent
     }
@@ -188,8 +194,8 @@ impl Mirrors {
     async fn tell(&self, mirror: &SlimMirror, intent: &Intent, applied: &Applied, observed: &Observed, in_effect: i64) -> bool {
         let Some(desired) = intent.desired.as_ref().filter(|_| applied.refused.is_none()) else { return false };
         let behind = in_effect > 0 && in_effect < desired.generation;
-        if applied.document_changed || behind {
-            self.push(mirror, desired, observed, applied.document_changed).await;
+        if applied.document.is_some() || behind {
+            self.push(mirror, desired, observed, applied.document.is_some()).await;
         }
         behind
     }
@@ -223,7 +229,7 @@ fn document_in(mirror: &SlimMirror, config_map: Option<&ConfigMap>) -> Option<De
 fn next_look(intent: &Intent, applied: &Applied, observed: &Observed, behind: bool) -> Action {
     let problem: Option<&Problem> = applied.refused.as_ref().or(intent.problem.as_ref());
     let settled = observed.worker.status().is_some_and(|status| status.streaming || status.error.is_some());
-    requeue(if behind || applied.waits_for_turn || (applied.document_changed && observed.address.is_some()) {
+    requeue(if behind || applied.waits_for_turn || (applied.document.is_some() && observed.address.is_some()) {
         WAITING
     } else if settled || problem.is_some_and(|problem| problem.needs_human) {
         STEADY

@@ -62,20 +62,32 @@ pub struct Memory {
     pub endpoints: Recent<(Side, Place), Endpoint>,
     /// Secrets that carry our finalizer.
     pub held: Recent<Place, ()>,
-    /// Namespaces that have the NetworkPolicy.
-    pub policies: Recent<String, ()>,
-    /// What was decided for a Mirror, by its uid, and on what it rests.
-    pub decisions: Recent<String, (Basis, Intent)>,
+    /// Resource versions of the NetworkPolicies that are right, by namespace.
+    pub policies: Recent<String, Option<String>>,
+    /// What was decided for a Mirror, by its uid.
+    pub decisions: Recent<String, Standing>,
     /// Workers that move to a new release.
     pub rollouts: Rollouts,
 }
 
+/// A decision that was carried out.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    /// On what it rests.
+    pub basis: Basis,
+    /// What is done.
+    pub intent: Intent,
+    /// Resource version of the ConfigMap that was found or made; `None`: there was none.
+    pub document: Option<String>,
+}
+
 impl Memory {
-    /// What was decided for the Mirror with this uid, while that rests on the same and its document is the one `in_effect`.
-    pub fn decided(&self, uid: &str, basis: &Basis, in_effect: i64) -> Option<Intent> {
+    /// What was decided for the Mirror with this uid, while that rests on the same, its document is the one `in_effect`, and nobody has
+    /// touched the ConfigMap: this is its resource version as the cache knows it.
+    pub fn decided(&self, uid: &str, basis: &Basis, in_effect: i64, document: Option<&str>) -> Option<Intent> {
         let uid = uid.to_owned();
-        let (was, intent) = self.decisions.last(&uid).filter(|_| self.decisions.is_fresh(&uid))?;
-        (was == *basis && intent.told.unwrap_or_default() == in_effect).then_some(intent)
+        let Standing { basis: was, intent, document: left } = self.decisions.last(&uid).filter(|_| self.decisions.is_fresh(&uid))?;
+        (was == *basis && intent.told.unwrap_or_default() == in_effect && left.as_deref() == document).then_some(intent)
     }
 
     /// Forgets namespaces in which no Mirror is left.

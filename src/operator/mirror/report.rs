@@ -1,12 +1,14 @@
 //! The status of a Mirror from what is known of it. Pure.
 //!
-//! Invariants: at most seven conditions; `Suspended` is Ready; what is only not known now keeps the last word on what was reached.
+//! Invariants: at most seven conditions; `Suspended` is Ready while the slot is not lost; what is only not known now keeps the last
+//! word on what was reached.
 
 mod text;
 
 use super::observe::{Observed, Worker};
 use super::plan;
 use super::problem::{Problem, documented};
+use crate::engine::error::reason as engine;
 use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, Finding, kind, reason};
 use crate::resources::{MirrorStatus, Position, TableCounts, WorkerStatus};
@@ -145,6 +147,10 @@ pub fn news<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
 
 fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
     let observed = facts.observed;
+    // Whatever else there is, a stream without its slot has no way on; one that rests would learn of it only when it is resumed.
+    if let Some(problem) = observed.worker.status().and_then(lost_slot) {
+        return Situation::Broken(problem);
+    }
     if is_suspended(facts) {
         return Situation::Suspended;
     }
@@ -158,6 +164,12 @@ fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
         (Worker::Unreachable(why), _) => Situation::Unreachable(why),
         (Worker::Outdated(why), _) => Situation::Outdated(why),
     }
+}
+
+/// The worker has seen that the source has given the slot up.
+fn lost_slot(status: &Status) -> Option<Problem> {
+    let notice = status.notice.as_ref().filter(|notice| notice.reason == engine::SLOT_LOST)?;
+    Some(Problem::stop(engine::SLOT_LOST, notice.message.clone()))
 }
 
 /// Told to rest, and nothing moves: the worker says so, or there is none.
@@ -239,7 +251,7 @@ fn ready(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Fi
 fn reconciling(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {
     let status = facts.observed.worker.status();
     let behind = facts.told.zip(status).is_some_and(|(told, status)| status.generation < told);
-    let switching = facts.mirror.spec.suspend && !matches!(situation, Situation::Suspended);
+    let switching = facts.mirror.spec.suspend && !is_suspended(facts);
     let progresses = match situation {
         Situation::Suspended | Situation::Outdated(_) | Situation::Stuck(..) => false,
         Situation::Streaming => behind || switching,

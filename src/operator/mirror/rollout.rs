@@ -24,7 +24,8 @@ pub enum Decision {
     Roll,
 }
 
-/// Decides. `live` is the metadata of what is there; `is_free` when a restart interrupts no work, as when the Mirror is being resumed.
+/// Decides. `live` is the metadata of what is there; `is_free` when a restart interrupts no work, as when the Mirror is
+/// being resumed, or somebody has interrupted it by an edit.
 pub fn decide(live: Option<&ObjectMeta>, desired: &Deployment, is_free: bool, policy: UpdatePolicy) -> Decision {
     let Some(live) = live else { return Decision::Apply };
     if live.deletion_timestamp.is_some() {

@@ -83,6 +83,23 @@ fn a_notice_is_the_reason_of_ready() {
     assert_eq!(short(true, None, &answers("Suspended", danger)), "True SlotAtRisk False False False Suspended");
 }
 
+/// Nobody should learn only on resuming, or when another trouble has passed, that it can't go on.
+#[test]
+fn a_lost_slot_stalls_whatever_the_worker_does() {
+    let lost = || json!({"notice": {"reason": "SlotLost", "message": "make it anew"}});
+    let status = reported(&mirror(true), None, &answers("Suspended", lost()));
+    assert_eq!(summary(&status), "False SlotLost False True False Suspended");
+    let stalled = conditions::get(&status.conditions, "Stalled").expect("the condition");
+    assert_eq!((stalled.reason.as_str(), stalled.message.as_str()), ("SlotLost", "make it anew"));
+    assert!(conditions::is_true(&status.conditions, "Suspended"));
+    assert_eq!(status.last_error.as_deref(), Some("SlotLost: make it anew"));
+    let resting = reported(&mirror(true), None, &answers("Suspended", json!({})));
+    assert_eq!(news(&resting.conditions, &status), [News { calm: false, reason: "SlotLost", message: "make it anew" }]);
+    let mut away = failure("Retry", "TargetUnreachable");
+    away["notice"] = lost()["notice"].clone();
+    assert_eq!(short(false, None, &answers("Retrying", away)), "False SlotLost False True False Retrying");
+}
+
 #[test]
 fn the_table_of_the_book() {
     let stop = Problem::stop(reason::SOURCE_NOT_FOUND, "m");
