@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Renders the kustomize bases from the Helm chart, so that there is one source of truth:
 #   config/crd, config/rbac, config/manager; config/default puts them together;
-#   config/monitoring is a component to add to it.
+#   config/monitoring is a component to add to it. config/argocd is made from its health.lua.
 # Usage: render.sh [folder to write to, this one by default]
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -30,3 +30,13 @@ render "$out/crd/crds.yaml" crds
 render "$out/rbac/rbac.yaml" serviceaccount rbac
 render "$out/manager/manager.yaml" deployment poddisruptionbudget networkpolicy deletion-protection
 render "$out/monitoring/monitoring.yaml" podmonitor prometheusrule dashboard
+
+mkdir -p "$out/argocd"
+{
+  echo "# Rendered from health.lua by config/render.sh; do not edit."
+  printf '%s\n' "apiVersion: v1" "kind: ConfigMap" "metadata:" "  name: argocd-cm" "  namespace: argocd" "data:"
+  for kind in Source Target Mirror; do
+    echo "  resource.customizations.health.sluice.dev_$kind: |"
+    sed -e 's/^/    /' -e 's/ *$//' "$here/argocd/health.lua"
+  done
+} >"$out/argocd/argocd-cm.yaml"
