@@ -30,6 +30,11 @@ def run(*arguments):
     check(done.returncode == 0, f"promtool {' '.join(arguments)}\n{done.stdout}{done.stderr}")
 
 
+def anchors(page):
+    """Of the headings, as mdBook makes them."""
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", page, re.M)}
+
+
 objects = [d for d in yaml.safe_load_all(rendered.read_text()) if d]
 exported = source.operator() | source.worker()
 
@@ -113,8 +118,10 @@ for name, page in pages.items():
         check(False, f"{name}.md: {fault}")
     for words in re.findall(r"grep '([^']+)'", page):
         check(any(words in text for text in rust), f"{name}.md: nobody logs '{words}'")
-    for link in re.findall(r"\]\(([^)#]+)", page):
-        check((BOOK / "runbooks" / link).exists(), f"{name}.md: no page {link}")
+    for link, heading in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", page):
+        path = BOOK / "runbooks" / link
+        check(path.exists(), f"{name}.md: no page {link}")
+        check(not heading or heading in anchors(path.read_text()), f"{name}.md: {link} has no heading {heading}")
 
 # Each metric is explained once.
 metrics = (BOOK / "operations/metrics.md").read_text()

@@ -58,6 +58,12 @@ def number(title, expression, unit="short", help="", width=4, steps=((None, "gre
     return panel("stat", title, [target(expression, title)], unit, help, width, options, defaults={"thresholds": thresholds, "noValue": "0"})
 
 
+def table(title, queries, help):
+    targets = [target(each, format="table", instant=True) for each in queries]
+    hide = {"id": "organize", "options": {"excludeByName": {"Time": True}}}
+    return panel("table", title, targets, help=help) | {"transformations": [{"id": "merge", "options": {}}, hide]}
+
+
 def bars(title, expression, unit, help, width=8):
     thresholds = {"mode": "absolute", "steps": [{"color": "blue", "value": None}]}
     options = {"displayMode": "gradient", "orientation": "horizontal", "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}}
@@ -101,7 +107,7 @@ ROWS = {
         lines("Batches", per_second("batches_total"), "ops"),
         lines("Rows in a batch", f"{per_second('rows_total')} / ({per_second('batches_total')} > 0)", help="Small ones cost throughput, large ones latency."),
         lines("Bytes in a batch", f"{per_second('bytes_applied_total')} / ({per_second('batches_total')} > 0)", "bytes"),
-        lines("Sessions begun", f"sum by ({BY}) (increase({w('sessions_total')}[$__rate_interval]))", help="Each but the first is a restart.", width=8),
+        lines("Sessions begun", f"sum by ({BY}) (increase({w('sessions_total')}[$__rate_interval]))", help="Each but the first is a restart."),
         lines("Sessions that failed", [target(f"sum by ({BY}, class) (increase({w('failures_total')}[$__rate_interval]))", NAME + " {{class}}")]),
         lines("Epoch", most("epoch"), help="Grows with each session, across pods.", least=None),
     ],
@@ -151,9 +157,8 @@ ROWS = {
         lines("Time of a poll, 99th percentile", [target("histogram_quantile(0.99, sum by (le) (rate(sluice_operator_poll_duration_seconds_bucket[$__rate_interval])))", "99 %")], "s"),
         lines("Lease", [target("sum by (pod) (sluice_operator_leader)", "{{pod}} leads"),
                         target("sum by (pod) (increase(sluice_operator_lease_renew_failures_total[$__rate_interval]))", "{{pod}} failed to renew")]),
-        panel("table", "Releases", [target("count by (release) (sluice_operator_build_info)", format="table", instant=True),
-                                    target(f"count by (version) ({w('build_info')})", format="table", instant=True)],
-              help="Replicas of the operator by release, workers by version."),
+        table("Releases", ["count by (release) (sluice_operator_build_info)", f"count by (version) ({w('build_info')})"],
+              "Replicas of the operator by release, workers by version."),
     ],
 }
 
