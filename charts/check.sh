@@ -35,7 +35,7 @@ render minimal --set crds.enabled=false,rbac.aggregate=false,networkPolicy.enabl
 render openshift --set podSecurityContext.runAsUser=null,podSecurityContext.runAsGroup=null
 render boards --set monitoring.podMonitor.operator=true,monitoring.podMonitor.workers=true \
   --set monitoring.prometheusRule.enabled=true,monitoring.prometheusRule.labels.release=prometheus \
-  --set monitoring.prometheusRule.thresholds.suspendedFor=2h
+  --set monitoring.prometheusRule.thresholds.suspendedFor=2h --set monitoring.dashboard.enabled=true
 render all --set monitoring.podMonitor.operator=true,monitoring.podMonitor.workers=true,monitoring.podMonitor.labels.team=data \
   --set image.repository=example/sluice,image.digest="sha256:$(printf '0%.0s' {1..64})",worker.image=example/worker:1,worker.imagePullPolicy=Always \
   --set 'imagePullSecrets[0].name=pull,operator.nodeSelector.disk=ssd,operator.priorityClassName=high,operator.release=r1' \
@@ -55,6 +55,7 @@ refuse "a ServiceAccount of no name" --set serviceAccount.create=false
 refuse "a threshold that does not exist" --set monitoring.prometheusRule.thresholds.nonsense=1
 refuse "a threshold that is no duration" --set monitoring.prometheusRule.thresholds.notReadyFor=soon
 refuse "a rule without its threshold" --set monitoring.prometheusRule.thresholds.lagSeconds=null
+refuse "a label that is no text" --set monitoring.dashboard.labels.grafana_dashboard=1
 refuse "a runbook URL without the alert's name" --set monitoring.prometheusRule.runbookUrl=https://example.com/runbooks
 
 python3 check.py "$work"

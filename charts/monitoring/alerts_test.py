@@ -61,19 +61,20 @@ def case(alert, what, worker=None, operator=None, fires=None, silent=(), labels=
 
 
 case("SluiceWorkerDown", "no scrape succeeds", worker={"up": then(1, 30, 0)}, silent=[35], fires=45)
-case("SluiceWorkerDown", "one scrape in four fails", worker={"up": turns(1, 0, 1, 1)}, silent=[60, 90])
+case("SluiceWorkerDown", "two scrapes in three fail", worker={"up": turns(1, 0, 0)}, fires=60)
+case("SluiceWorkerDown", "one scrape in three fails", worker={"up": turns(1, 0, 1)}, silent=[60, 90])
 case("SluiceMirrorStopped", "stopped, with a try now and then",
      worker=in_phase("Stopped") | {'phase{phase="Stopped"}': turns(1, 1, 1, 0), 'phase{phase="Starting"}': turns(0, 0, 0, 1),
                                    "failures_in_a_row": "1+1x240", "lag_seconds": None}, silent=[2], fires=20)
 case("SluiceMirrorStopped", "stopped for a moment",
-     worker={'phase{phase="Stopped"}': "0+0x30 1+0x2 0+0x200", 'phase{phase="Streaming"}': "1+0x30 0+0x2 1+0x200"}, silent=[31, 34, 60])
+     worker={'phase{phase="Stopped"}': "0+0x30 1+0x2 0+0x200", 'phase{phase="Streaming"}': "1+0x30 0+0x2 1+0x200"}, silent=[31, 34, 37, 39, 60])
 case("SluiceMirrorRetrying", "the source stays away",
      worker={'phase{phase="Retrying"}': turns(1, 0), 'phase{phase="Starting"}': turns(0, 1), 'phase{phase="Streaming"}': flat(0),
              "failures_in_a_row": "1+1x240", "lag_seconds": None}, silent=[5], fires=15)
 case("SluiceMirrorRetrying", "a short outage",
      worker={'phase{phase="Retrying"}': "0+0x29 1+0x4 0+0x200", "failures_in_a_row": "0+0x29 1+1x4 0+0x200"}, silent=[33, 40, 60])
-case("SluiceWorkerRestarting", "a session each five minutes", worker={"epoch": " ".join(str(3 + n // 5) for n in range(END))},
-     silent=[20], fires=60)
+case("SluiceWorkerRestarting", "a session each eight minutes", worker={"epoch": " ".join(str(3 + n // 8) for n in range(END))},
+     silent=[49], fires=60)
 case("SluiceWorkerRestarting", "a new pod that has not claimed yet", worker={"epoch": then(100, 60, 0)}, silent=[61, 90])
 case("SluiceMirrorSuspended", "suspended for more than two hours, with scrapes that fail",
      worker=in_phase("Suspended") | {'phase{phase="Suspended"}': "1+0x60 _x5 1+0x170", "lag_seconds": None}, silent=[110], fires=130)
@@ -85,6 +86,7 @@ case("SluiceCopyStalled", "rows are copied", worker=in_phase("Copying") | {"rows
 case("SluiceLagSeconds", "behind by more than five minutes", worker={"lag_seconds": flat(301)}, silent=[5], fires=15)
 case("SluiceLagSeconds", "behind by five minutes", worker={"lag_seconds": flat(300)}, silent=[15, 60])
 case("SluiceLagBytes", "more than 10 GiB are waiting", worker={"lag_bytes": flat(10 * GIB + 1)}, silent=[10], fires=20)
+case("SluiceLagBytes", "10 GiB are waiting", worker={"lag_bytes": flat(10 * GIB)}, silent=[20, 60])
 case("SluiceLagBytes", "they wait while tables are copied",
      worker=in_phase("Copying") | {"lag_bytes": flat(20 * GIB), "rows_copied": "0+1000x240"}, silent=[20, 60])
 case("SluiceLatencyHigh", "two of a hundred are late",
@@ -95,17 +97,18 @@ case("SluiceLatencyHigh", "one of two hundred is late",
              'latency_seconds_bucket{le="+Inf"}': "0+200x240"}, silent=[20, 60])
 case("SluiceSlotRetention", "more than 50 GiB are kept, without a bound",
      worker={"slot_retained_bytes": flat(50 * GIB + 1), "slot_safe_bytes": None}, silent=[10], fires=20)
+case("SluiceSlotRetention", "50 GiB are kept", worker={"slot_retained_bytes": flat(50 * GIB), "slot_safe_bytes": flat(50 * GIB)}, silent=[20, 60])
 case("SluiceSlotFilling", "40 GB with 100 MB more each minute",
      worker={"slot_retained_bytes": "1000000000+100000000x240", "slot_safe_bytes": "40000000000-100000000x240"},
-     silent=[10, 100], fires=200)
+     silent=[10, 100, 165], fires=200)
 case("SluiceSlotFilling", "the same use, with confirmations",
      worker={"slot_retained_bytes": turns(*range(10**6, 10**9, 10**8)), "slot_safe_bytes": turns(*range(10**10, 9 * 10**9, -10**8))},
      silent=[60, 200])
 case("SluiceSlotAtRisk", "less than a fifth is left", worker={"slot_retained_bytes": flat(80), "slot_safe_bytes": then(20, 30, 19)},
      silent=[29, 30], fires=33)
 case("SluiceSlotLost", "the source has invalidated it",
-     worker={"slot_lost": then(0, 30, 1), "slot_safe_bytes": None, "slot_retained_bytes": None}, silent=[29], fires=33)
-case("SluiceSlotLost", "somebody has dropped it", worker={"slot_exists": then(1, 30, 0)}, silent=[29], fires=33)
+     worker={"slot_lost": then(0, 30, 1), "slot_safe_bytes": None, "slot_retained_bytes": None}, silent=[30], fires=33)
+case("SluiceSlotLost", "somebody has dropped it", worker={"slot_exists": then(1, 30, 0)}, silent=[30], fires=33)
 case("SluiceSlotLost", "it has not been made yet", worker=in_phase("Starting") | {"slot_exists": then(0, 60, 1)}, silent=[30, 61, 90])
 case("SluiceSpillNearFull", "more than four fifths", worker={"spill_bytes": flat(810_000_000)}, silent=[3], fires=10)
 case("SluiceSpillNearFull", "four fifths, or no spill at all", worker={"spill_bytes": flat(800_000_000)}, silent=[10, 60])
@@ -118,6 +121,7 @@ case("SluiceOperatorNoLeader", "another one takes over",
 FAILS = 'reconcile_total{controller="mirror",outcome="failure",class="transient"}'
 case("SluiceOperatorReconcileErrors", "more than half of the passes fail", operator={FAILS: "0+11x240"}, silent=[10], fires=30,
      labels=OP | {"controller": "mirror"})
+case("SluiceOperatorReconcileErrors", "less than half of them fail", operator={FAILS: "0+9x240"}, silent=[30, 60])
 case("SluiceOperatorReconcileErrors", "wrong specs fail",
      operator={'reconcile_total{controller="mirror",outcome="failure",class="invalid"}': "0+100x240"}, silent=[30, 60])
 BUG = 'reconcile_total{controller="mirror",outcome="panic",class="bug"}'
@@ -126,13 +130,13 @@ case("SluiceOperatorDefect", "its first count", operator={BUG: "_x30 1+0x200"}, 
 case("SluiceOperatorDefect", "one more count", operator={BUG: then(1, 120, 2)}, silent=[100, 190], fires=122,
      labels=OP | {"controller": "mirror"})
 HEARD = 'watch_last_event_timestamp_seconds{kind="Mirror"}'
-case("SluiceOperatorWatchSilent", "nothing is heard from minute 10 on", operator={HEARD: "0+60x9 600+0x200"}, silent=[16], fires=19,
+case("SluiceOperatorWatchSilent", "nothing is heard from minute 10 on", operator={HEARD: "0+60x9 600+0x200"}, silent=[17, 18], fires=19,
      labels=OP | {"pod": "op-1", "kind": "Mirror"})
 case("SluiceOperatorWatchSilent", "heard when the watch is begun anew", operator={HEARD: "0 _x4 300 _x4 600 _x4 900"}, silent=[4, 9, 14])
-case("SluiceOperatorWatchErrors", "one error a minute", operator={'watch_errors_total{kind="Mirror"}': "0+1x240"}, silent=[8], fires=30,
+case("SluiceOperatorWatchErrors", "one error a minute", operator={'watch_errors_total{kind="Mirror"}': "0+1x240"}, silent=[12], fires=30,
      labels=OP | {"kind": "Mirror"})
-case("SluiceOperatorWatchErrors", "one error in five minutes",
-     operator={'watch_errors_total{kind="Mirror"}': " ".join(str(n // 5) for n in range(END))}, silent=[30, 60])
+case("SluiceOperatorWatchErrors", "one error in two minutes",
+     operator={'watch_errors_total{kind="Mirror"}': " ".join(str(n // 2) for n in range(END))}, silent=[30, 60])
 case("SluiceOperatorUndecodable", "its first count", operator={'undecodable_objects_total{kind="Mirror"}': "_x30 2+0x200"},
      silent=[29, 100], fires=32, labels=OP | {"kind": "Mirror"})
 case("SluiceOperatorMissingPermissions", "a rule is missing", operator={"missing_permissions": flat(1)}, silent=[3], fires=10)

@@ -1,4 +1,5 @@
 """What operator and workers export, read from the Rust source: so that a renamed metric or label fails the checks."""
+import itertools
 import pathlib
 import re
 
@@ -72,6 +73,18 @@ def label_values():
             "ready": {"true", "false"},
         },
     }
+
+
+def one_of_each():
+    """All series, two pods of each kind: (name with labels, whether it counts)."""
+    values = label_values()
+    for name, labels in (operator() | worker()).items():
+        component = name.split("_")[1]
+        known = values[component] | {"kind": {"Source", "Target", "Mirror"}, "le": {"1", "+Inf"}, "mirror": {"shop"}, "namespace": {"shop"}, "pod": {"a", "b"}}
+        own = sorted(labels - TARGET_LABELS | {"namespace", "pod"})
+        for chosen in itertools.product(*(sorted(known.get(label, {"x"})) for label in own)):
+            shown = ",".join(f'{label}="{value}"' for label, value in zip(own, chosen))
+            yield f"{name}{{{shown}}}", name.endswith(("_total", "_bucket", "_sum", "_count"))
 
 
 def faults(expression):

@@ -2,7 +2,7 @@
 
 use crate::election::SHORT;
 use crate::support::apiserver::{ApiServer, Link};
-use crate::support::{self, eventually};
+use crate::support::{self, eventually, operator};
 use crate::{definitions, mirror, options};
 use kube::api::PostParams;
 use kube::runtime::controller::Action;
@@ -12,7 +12,7 @@ use kube::{Api, ResourceExt as _};
 use sluice::operator::cache::{Wake, any_change};
 use sluice::operator::run::{RunError, Runtime};
 use sluice::operator::shutdown::Shutdown;
-use sluice::operator::{Context, reconcile};
+use sluice::operator::{Context, Options, reconcile};
 use sluice::resources::Mirror;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -54,11 +54,14 @@ struct Replica {
 
 impl Replica {
     async fn start(config: kube::Config, namespace: &str, pod: &str) -> Self {
+        Self::start_with(config, options(namespace, pod)).await
+    }
+
+    async fn start_with(config: kube::Config, options: Options) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
         let shutdown = Shutdown::new();
-        let runtime =
-            Runtime { options: options(namespace, pod), times: SHORT, listener, shutdown: shutdown.clone(), controllers: test_controllers };
+        let runtime = Runtime { options, times: SHORT, listener, shutdown: shutdown.clone(), controllers: test_controllers };
         Self { address, shutdown, run: tokio::spawn(runtime.run(async || Ok(config))) }
     }
 
@@ -121,6 +124,17 @@ async fn the_operator_waits_leads_works_drains_and_hands_over() {
     eventually(10, "the third leads", || async { third.leads().await }).await;
     third.shutdown.cancel();
     third.run.await.expect("no panic").expect("a clean end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_needs_no_lease_shows_that_it_leads() {
+    let server = ApiServer::shared().await;
+    server.install(definitions()).await;
+    let namespace = server.namespace("alone").await;
+    let alone = Replica::start_with(server.config().await, operator::options(&namespace, &namespace)).await;
+    eventually(20, "it leads", || alone.leads()).await;
+    alone.shutdown.cancel();
+    alone.run.await.expect("no panic").expect("a clean end");
 }
 
 /// A process of its own, ended with the test.
