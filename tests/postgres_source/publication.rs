@@ -8,6 +8,7 @@ on_each_version!(
     holds_exactly_the_mapped_tables,
     changes_behind_the_catalog_are_caught_under_the_lock,
     a_users_publication_is_used_or_refused,
+    who_is_taken_out_twice_is_looked_at_again,
 );
 on_one_version!(users_writes_go_on, long_locks_are_waited_for_in_turns, rights_of_the_owner_are_needed);
 
@@ -218,6 +219,31 @@ async fn a_users_publication_is_used_or_refused(major: u32) {
         .await;
     let error = alone(&source).await.publish(&tables, &[]).await.unwrap_err();
     assert!(error.reason == reason::INVALID_SPEC && error.message.contains("another stream"), "{error}");
+}
+
+/// A table is taken out of the publication by somebody else in the very moment in which we do it, or put in.
+async fn who_is_taken_out_twice_is_looked_at_again(major: u32) {
+    let database = Database::new(major, "twice", "CREATE TABLE t(id int PRIMARY KEY); CREATE TABLE u(id int PRIMARY KEY)").await;
+    let source = database.source();
+    let both = mapped(&source, &[("t", &[]), ("u", &[])]).await;
+    let name = database.publication();
+    alone(&source).await.publish(&both, &[]).await.unwrap();
+    for (change, wanted) in [("DROP", &both[1..]), ("ADD", &both[..])] {
+        let user = database.server.connect(&database.name).await;
+        user.batch_execute(&format!("BEGIN; ALTER PUBLICATION \"{name}\" {change} TABLE t")).await.unwrap();
+        let commit = async {
+            // From 15 on for the publication, before that for the table.
+            let waits =
+                "SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+            eventually(10, "the publication waits", async || !database.admin.query(waits, &[]).await.unwrap().is_empty()).await;
+            user.batch_execute("COMMIT").await.unwrap();
+        };
+        let (published, ()) = tokio::join!(alone(&source).await.publish(wanted, &[]), commit);
+        let error = published.expect_err(change);
+        assert_eq!((error.class, error.reason), (Class::Retry, reason::LEFT_PUBLICATION), "{error}");
+        alone(&source).await.publish(wanted, &[]).await.unwrap();
+        assert_eq!(source.published().await.unwrap().len(), wanted.len());
+    }
 }
 
 async fn rights_of_the_owner_are_needed(major: u32) {

@@ -112,8 +112,13 @@ impl SimApplier {
 
 impl Proof for SimApplier {
     async fn prove(&mut self) -> Result<()> {
-        let lost = self.world().server.stored.epoch != self.epoch;
-        if lost { Err(lost_claim()) } else { Ok(()) }
+        self.connection.reach.io(Point::Prove).await?;
+        let world = self.world();
+        match world.server.stored.epoch == self.epoch {
+            false => Err(lost_claim()),
+            true if world.server.is_alive(self.connection.backend) => Ok(()),
+            true => Err(ended()),
+        }
     }
 }
 

@@ -6,6 +6,8 @@ use crate::dice::Dice;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Point {
     Identity,
+    Take,
+    Prove,
     Tables,
     Published,
     LogState,
@@ -35,8 +37,10 @@ pub enum Point {
 }
 
 impl Point {
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 29] = [
         Self::Identity,
+        Self::Take,
+        Self::Prove,
         Self::Tables,
         Self::Published,
         Self::LogState,
@@ -68,10 +72,12 @@ impl Point {
     /// What the call leaves behind, by which its faults are told apart.
     pub fn faults(self) -> &'static [Fault] {
         match self {
-            Self::Publish | Self::CreateLog | Self::DropLog | Self::Mark | Self::Claim => {
-                &[Fault::Fails, Fault::CrashBefore, Fault::AnswerLost, Fault::CrashAfter]
-            }
-            Self::Load
+            Self::Mark | Self::Claim => &[Fault::Fails, Fault::CrashBefore, Fault::AnswerLost, Fault::CrashAfter],
+            Self::Publish
+            | Self::CreateLog
+            | Self::DropLog
+            | Self::Snapshot
+            | Self::Load
             | Self::Finish
             | Self::IntendLog
             | Self::Initialize

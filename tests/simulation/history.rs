@@ -224,6 +224,17 @@ impl History {
         true
     }
 
+    /// The server goes down and comes again: what has not committed is gone, and nobody waits for a standby any more.
+    pub fn crash(&mut self) {
+        while let Some(writer) = self.writers.pop() {
+            self.roll_back(writer);
+        }
+        while let Some((transaction, locks)) = self.stalled.pop() {
+            self.transactions[transaction].visible = true;
+            self.unlock(locks);
+        }
+    }
+
     /// The definition of a table as the log has it.
     pub fn definition(&self, table: usize) -> usize {
         self.definitions[table]

@@ -48,10 +48,24 @@ pub enum Mutant {
     TimelineNotCompared,
     /// Any position of an earlier timeline is taken for one before the switch.
     SwitchPointLeftOut,
+    /// The source is taken when its locks are, whatever has become of the claim.
+    NoProofAfterLock,
+    /// Whoever holds the source's locks is ended by a worker that does not know whether its own claim stands.
+    HoldersEndedWithoutProof,
+    /// The claim is proven before it is seen who holds the source's locks.
+    HoldersSeenAfterProof,
+    /// Whoever holds the source's locks is left alone.
+    HoldersNotEnded,
+    /// The source is changed without its locks.
+    SourceNotTaken,
+    /// The slot is looked at before the source is taken, and not after.
+    LookedOnlyBeforeTake,
+    /// A table that was copied as of a position beyond the switch follows as if its copy were good.
+    CopyBeyondSwitchKept,
 }
 
 impl Mutant {
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 30] = [
         Self::CheckpointBeforeData,
         Self::BeginInsteadOfEnd,
         Self::DueByGreaterOrEqual,
@@ -75,5 +89,12 @@ impl Mutant {
         Self::LeavingNotNoticed,
         Self::TimelineNotCompared,
         Self::SwitchPointLeftOut,
+        Self::NoProofAfterLock,
+        Self::HoldersEndedWithoutProof,
+        Self::HoldersSeenAfterProof,
+        Self::HoldersNotEnded,
+        Self::SourceNotTaken,
+        Self::LookedOnlyBeforeTake,
+        Self::CopyBeyondSwitchKept,
     ];
 }

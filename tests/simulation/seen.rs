@@ -48,10 +48,23 @@ pub enum Rare {
     Diverged,
     /// A copy from before a failover was dropped, since it lies beyond the switch.
     CopyBeyondSwitch,
+    SourceCrash,
+    /// A worker did nothing for long.
+    Paused,
+    /// A worker lived on beside those that came after it.
+    LivedOn,
+    /// A session on the source was ended since it held a lock.
+    HolderEnded,
+    /// What such a session had sent was rolled back.
+    StatementRolledBack,
+    /// The source has done what a worker had sent that is gone, or was told to go.
+    OrphanStatement,
+    /// The slot came or went between the look at it and the taking of the source.
+    SlotChangedBeforeTake,
 }
 
 impl Rare {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 32] = [
         Self::JoinedByPart,
         Self::JoinedIdle,
         Self::OpenPart,
@@ -77,10 +90,17 @@ impl Rare {
         Self::WentOnAfterFailover,
         Self::Diverged,
         Self::CopyBeyondSwitch,
+        Self::SourceCrash,
+        Self::Paused,
+        Self::LivedOn,
+        Self::HolderEnded,
+        Self::StatementRolledBack,
+        Self::OrphanStatement,
+        Self::SlotChangedBeforeTake,
     ];
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Seen {
     pub comparisons: u64,
     pub commits: u64,
@@ -88,6 +108,12 @@ pub struct Seen {
     /// Order-dependent summary of all commits: the same for the same seed.
     pub digest: u64,
     rare: [u64; Rare::ALL.len()],
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { comparisons: 0, commits: 0, steps: 0, digest: 0, rare: [0; Rare::ALL.len()] }
+    }
 }
 
 impl Seen {

@@ -1,9 +1,9 @@
 //! The simulated source: slot, snapshots, publication, log.
 
 use crate::faults::{Moment, Point};
-use crate::history::{DEFINITIONS, KEYLESS_TABLE, Kind, NULL, Row, RowChange, Rows, Slot, TABLES, Tables};
+use crate::fence::{ConsistentPoint, Lock, Statement, unreachable};
+use crate::history::{DEFINITIONS, KEYLESS_TABLE, Kind, NULL, Row, RowChange, TABLES};
 use crate::mutants::Mutant;
-use crate::oracle::{Held, Oracle};
 use crate::seen::Rare;
 use crate::world::{Reach, World};
 use sluice::connectors::postgres::Lsn;
@@ -16,7 +16,7 @@ use sluice::engine::structure::SequenceValue;
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
@@ -84,19 +84,22 @@ fn mapped(table: usize, definition: usize, differs: Option<String>) -> MappedTab
     }
 }
 
-fn unreachable() -> Error {
-    Error::retry(reason::SOURCE_UNREACHABLE, "the server is not what it was")
-}
+/// How often it is looked whether the locks are free before the taking is given up.
+const LOCK_TRIES: u32 = 200;
 
 pub struct SimSource {
     reach: Reach,
     /// The timeline that this session has seen.
     timeline: AtomicI64,
+    /// The sessions that change the source, by their lock. The log goes on with the second one.
+    sessions: Mutex<[Option<usize>; 2]>,
+    /// The slot as it was first seen.
+    first_look: Mutex<Option<Option<LogState<Lsn>>>>,
 }
 
 impl SimSource {
     pub fn new(reach: Reach) -> Self {
-        Self { reach, timeline: AtomicI64::new(0) }
+        Self { reach, timeline: AtomicI64::new(0), sessions: Mutex::default(), first_look: Mutex::default() }
     }
 
     /// A replication session must be on the server that was seen.
@@ -106,57 +109,89 @@ impl SimSource {
         if is_same { Ok(world.history.timeline()) } else { Err(unreachable()) }
     }
 
-    /// A slot's snapshot: creation waits for the writers that are open, and reads what is committed from the log.
-    async fn consistent_point(&self) -> Result<SimSnapshot> {
-        let timeline = self.timeline()?;
-        let writers = self.reach.world().history.open_writers();
-        let ordinary = self.reach.world().breaks(Mutant::OrdinarySnapshot);
-        while !ordinary && self.reach.world().history.any_open(&writers) {
-            self.reach.world().seen.note(Rare::WaitedForWriter);
-            self.reach.step().await;
-            let mut world = self.reach.world();
-            let World { history, dice, .. } = &mut *world;
-            history.step(dice);
-        }
-        let mut world = self.reach.world();
-        if world.history.timeline() != timeline {
-            return Err(unreachable());
-        }
-        // Making a slot writes a record of its own; another source's may not.
-        let record = world.dice.chance(600);
-        world.history.end += if record { 16 } else { 0 };
-        let end = world.history.end;
-        let stalled = world.history.has_stalled();
-        world.seen.note_all(Rare::StalledAtSnapshot, stalled.into());
-        let tables = if ordinary { world.history.visible() } else { std::array::from_fn(|table| everything(&world, table, end)) };
-        let definitions = std::array::from_fn(|table| world.history.definition(table));
-        Ok(SimSnapshot { reach: self.reach.clone(), timeline, position: Lsn(end), tables, definitions })
+    fn sessions(&self) -> std::sync::MutexGuard<'_, [Option<usize>; 2]> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn publish_now(&self, tables: [bool; TABLES]) -> Result<()> {
-        {
-            let mut world = self.reach.world();
-            let published = world.history.published();
-            if published != tables {
-                world.history.publish(tables);
+    /// The session that has taken the source for what needs this lock, and no other one.
+    fn fenced(&self, lock: Lock) -> Result<usize> {
+        self.sessions()[lock as usize].filter(|session| self.reach.world().source.serves(*session)).ok_or_else(unreachable)
+    }
+
+    /// Has a statement run that changes the source, from its sending to the answer.
+    async fn run(&self, point: Point, lock: Lock, statement: Statement) -> Result<Option<ConsistentPoint>> {
+        let session = self.fenced(lock)?;
+        self.reach.world().source.send(session, statement)?;
+        self.reach.strike(point, Moment::Committing).await?;
+        let answer = loop {
+            {
+                let mut world = self.reach.world();
+                if let Some(answer) = world.source.answer(session)? {
+                    break answer;
+                }
+                world.serve_source();
+                let World { history, dice, .. } = &mut *world;
+                history.step(dice);
             }
+            self.reach.step().await;
+        };
+        self.reach.strike(point, Moment::After).await?;
+        answer
+    }
+
+    async fn make_slot(&self, point: Point, lasting: bool) -> Result<SimSnapshot> {
+        self.reach.io(point).await?;
+        let timeline = self.timeline()?;
+        let made = self.run(point, Lock::Slots, Statement::MakeSlot { lasting, waits_for: None }).await?;
+        let point = made.ok_or_else(|| Error::bug("a slot without a consistent point"))?;
+        self.publish_late().await?;
+        Ok(SimSnapshot { reach: self.reach.clone(), timeline, position: Lsn(point.position), point })
+    }
+
+    async fn alter(&self, wanted: [bool; TABLES]) -> Result<()> {
+        let now = self.reach.world().history.published();
+        if now == wanted {
+            return Ok(());
         }
-        self.reach.strike(Point::Publish, Moment::After).await
+        let [add, remove] = [(wanted, now), (now, wanted)].map(|(these, those)| std::array::from_fn(|table| these[table] && !those[table]));
+        self.run(Point::Publish, Lock::Statements, Statement::Alter { add, remove }).await.map(drop)
     }
 
     async fn publish_late(&self) -> Result<()> {
         let late = self.reach.world().late_publication.take();
         match late {
-            Some(tables) => self.publish_now(tables).await,
+            Some(tables) => self.alter(tables).await,
             None => Ok(()),
         }
     }
+
+    /// Ends whoever holds these locks, as far as the claim stands *after* they were seen.
+    async fn end_holders(&self, held: &[Lock], claim: &mut impl Proof) -> Result<()> {
+        let [without_proof, seen_late] =
+            [Mutant::HoldersEndedWithoutProof, Mutant::HoldersSeenAfterProof].map(|mutant| self.reach.world().breaks(mutant));
+        if seen_late {
+            claim.prove().await?;
+            self.reach.io(Point::Take).await?;
+        }
+        let seen: Vec<usize> = held.iter().filter_map(|lock| self.reach.world().source.holder(*lock)).collect();
+        if !without_proof && !seen_late {
+            claim.prove().await?;
+        }
+        self.reach.io(Point::Take).await?;
+        if !self.reach.world().breaks(Mutant::HoldersNotEnded) {
+            seen.iter().for_each(|session| self.reach.world().end_holder(*session, self.reach.epoch()));
+        }
+        self.reach.world().serve_source();
+        self.reach.step().await;
+        Ok(())
+    }
 }
 
-/// A table with all that the log holds up to a position.
-fn everything(world: &World, table: usize, position: u64) -> Rows {
-    let held = Held { table, timeline: world.history.timeline(), copied_at: position, definition: 0 };
-    Oracle::default().at(&world.history, held, position).expect("nothing is passed over")
+impl Drop for SimSource {
+    fn drop(&mut self) {
+        let sessions = *self.sessions();
+        sessions.into_iter().flatten().for_each(|session| self.reach.leave_source(session));
+    }
 }
 
 impl Source for SimSource {
@@ -183,8 +218,31 @@ impl Source for SimSource {
         Ok(Vec::new())
     }
 
+    /// As src/connectors/postgres/fence.rs does it: the locks first, then the proof that the claim still stands.
     async fn take<P: Proof>(&self, claim: &mut P) -> Result<()> {
-        claim.prove().await
+        self.reach.io(Point::Take).await?;
+        self.timeline()?;
+        let sessions = Lock::ALL.map(|_| self.reach.world().source.connect(self.reach.epoch()));
+        *self.sessions() = sessions.map(Some);
+        for _ in 0..LOCK_TRIES {
+            let mut held = Vec::new();
+            for (lock, session) in Lock::ALL.into_iter().zip(sessions) {
+                let mut world = self.reach.world();
+                if !world.source.try_lock(session, lock)? && !world.breaks(Mutant::SourceNotTaken) {
+                    held.push(lock);
+                }
+            }
+            if held.is_empty() {
+                self.reach.io(Point::Take).await?;
+                if !self.reach.world().breaks(Mutant::NoProofAfterLock) {
+                    claim.prove().await?;
+                }
+                self.reach.world().source_taken(self.reach.epoch());
+                return Ok(());
+            }
+            self.end_holders(&held, claim).await?;
+        }
+        Err(Error::retry(reason::SLOT_IN_USE, "another worker's session does not end"))
     }
 
     async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {
@@ -201,7 +259,7 @@ impl Source for SimSource {
             self.reach.world().late_publication = Some(wanted);
             return Ok(());
         }
-        self.publish_now(wanted).await
+        self.alter(wanted).await
     }
 
     async fn published(&self) -> Result<Vec<QualifiedName>> {
@@ -214,37 +272,36 @@ impl Source for SimSource {
 
     async fn log_state(&self) -> Result<Option<LogState<Lsn>>> {
         self.reach.io(Point::LogState).await?;
-        Ok(self.reach.world().history.slot.map(|slot| LogState { confirmed: Lsn(slot.confirmed), lost: None, active: None }))
+        let mut world = self.reach.world();
+        // What a slot in the making will send is not known: nobody holds all that came before it.
+        let making = world.source.is_making_slot().then_some(u64::MAX);
+        let confirmed = world.history.slot.map(|slot| slot.confirmed).or(making);
+        let now = confirmed.map(|confirmed| LogState { confirmed: Lsn(confirmed), lost: None, active: None });
+        let mut first = self.first_look.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = first.get_or_insert_with(|| now.clone());
+        world.seen.note_all(Rare::SlotChangedBeforeTake, (first.is_some() != now.is_some()).into());
+        Ok(if world.breaks(Mutant::LookedOnlyBeforeTake) { first.clone() } else { now })
     }
 
     async fn create_log(&self) -> Result<SimSnapshot> {
-        self.reach.io(Point::CreateLog).await?;
-        let snapshot = self.consistent_point().await?;
-        let position = snapshot.position.0;
-        let before = self.reach.world().history.slot.replace(Slot { made_at: position, confirmed: position });
-        self.reach.world().require(before.is_none(), || "a slot was made over another".into());
-        self.reach.strike(Point::CreateLog, Moment::After).await?;
-        self.publish_late().await?;
-        Ok(snapshot)
+        self.make_slot(Point::CreateLog, true).await
     }
 
     async fn drop_log(&self) -> Result<()> {
         self.reach.io(Point::DropLog).await?;
-        self.reach.world().history.slot = None;
-        self.reach.strike(Point::DropLog, Moment::After).await
+        self.run(Point::DropLog, Lock::Statements, Statement::DropSlot).await.map(drop)
     }
 
     async fn snapshot(&self) -> Result<SimSnapshot> {
-        self.reach.io(Point::Snapshot).await?;
-        let snapshot = self.consistent_point().await?;
-        self.publish_late().await?;
-        Ok(snapshot)
+        self.make_slot(Point::Snapshot, false).await
     }
 
     async fn open(&self, from: &Lsn, tables: &[MappedTable], limits: BatchLimits) -> Result<SimLog> {
         self.reach.io(Point::Open).await?;
         self.publish_late().await?;
         let timeline = self.timeline()?;
+        self.fenced(Lock::Statements)?;
+        let session = self.fenced(Lock::Slots)?;
         let world = self.reach.world();
         let Some(slot) = world.history.slot else {
             return Err(Error::stop(reason::CHECKPOINT_WITHOUT_SLOT, "there is no slot"));
@@ -255,8 +312,10 @@ impl Source for SimSource {
         let mut definitions = [None; TABLES];
         tables.iter().for_each(|table| definitions[number(table)] = Some(definition(table)));
         let next = world.history.transactions.partition_point(|transaction| transaction.commit_start < from.0);
+        self.sessions()[Lock::Slots as usize] = None;
         Ok(SimLog {
             reach: self.reach.clone(),
+            session,
             timeline,
             definitions,
             next,
@@ -304,8 +363,7 @@ pub struct SimSnapshot {
     reach: Reach,
     timeline: i64,
     position: Lsn,
-    tables: Tables,
-    definitions: [usize; TABLES],
+    point: ConsistentPoint,
 }
 
 impl SimSnapshot {
@@ -318,7 +376,7 @@ impl SimSnapshot {
             history.step(dice);
         }
         let mut world = self.reach.world();
-        if (world.history.timeline(), world.history.definition(table)) == (self.timeline, self.definitions[table]) {
+        if (world.history.timeline(), world.history.definition(table)) == (self.timeline, self.point.definitions[table]) {
             return Ok(());
         }
         world.seen.note(Rare::SnapshotLost);
@@ -341,7 +399,7 @@ impl Snapshot for SimSnapshot {
     async fn read(&self, table: &MappedTable, range: &Range, _: BulkFormat) -> Result<BulkStream> {
         self.reach.io(Point::Read).await?;
         self.enter(number(table)).await?;
-        let rows = &self.tables[number(table)];
+        let rows = &self.point.tables[number(table)];
         let mut text = String::new();
         for (key, row) in rows.iter().enumerate().skip(range.number as usize).step_by(RANGES) {
             if let Some(row) = row {
@@ -357,6 +415,7 @@ impl Snapshot for SimSnapshot {
 /// Hands out a few transactions, or a piece of one.
 pub struct SimLog {
     reach: Reach,
+    session: usize,
     timeline: i64,
     /// Under which the tables are mapped.
     definitions: [Option<usize>; TABLES],
@@ -378,7 +437,7 @@ impl ChangeLog for SimLog {
         loop {
             let over = {
                 let mut world = self.reach.world();
-                if world.history.timeline() != self.timeline {
+                if world.history.timeline() != self.timeline || !world.source.serves(self.session) {
                     return Err(unreachable());
                 }
                 let more = self.next < world.history.transactions.len();
@@ -413,7 +472,7 @@ impl ChangeLog for SimLog {
         let mut world = self.reach.world();
         let flushed = world.server.flushed.position;
         world.require(flushed.is_some_and(|flushed| durable.0 <= flushed), || format!("{durable} was confirmed, {flushed:?} is durable"));
-        let is_there = world.history.timeline() == self.timeline;
+        let is_there = world.history.timeline() == self.timeline && world.source.serves(self.session);
         if let Some(slot) = world.history.slot.as_mut().filter(|_| is_there) {
             slot.confirmed = slot.confirmed.max(durable.0);
         }
@@ -425,6 +484,12 @@ impl ChangeLog for SimLog {
 
     fn received(&self) -> (Lsn, Lsn) {
         (Lsn(self.received), Lsn(self.reach.world().history.end))
+    }
+}
+
+impl Drop for SimLog {
+    fn drop(&mut self) {
+        self.reach.leave_source(self.session);
     }
 }
 

@@ -114,15 +114,18 @@ impl Target for SimTarget {
             let stored = world.server.stored;
             (stored, Claim { key: key.clone(), epoch: stored.epoch })
         };
+        self.0.has_claimed(claim.epoch);
         // What the catalog says now, which has nothing to do with what was copied.
         let today = self.0.world().breaks(Mutant::CopiedDefinitionForgotten);
         let definition = |number, entry: &Entry| if today { self.0.world().history.visible_definition(number) } else { entry.definition };
         self.0.strike(Point::Claim, Moment::After).await?;
+        let kept = self.0.world().breaks(Mutant::CopyBeyondSwitchKept);
+        let switch = stored.position.filter(|_| kept).and_then(|_| self.0.world().history.left_timeline_at(stored.timeline));
         let tables = stored
             .states
             .iter()
             .enumerate()
-            .filter_map(|(number, entry)| entry.map(|entry| known(number, definition(number, &entry), &entry)));
+            .filter_map(|(number, entry)| entry.map(|entry| known(number, definition(number, &entry), &entry, switch)));
         let checkpoint = stored.position.map(|position| Checkpoint {
             position: Lsn(position),
             timeline: stored.timeline,
@@ -199,14 +202,15 @@ impl Target for SimTarget {
     }
 }
 
-fn known(number: usize, definition: usize, entry: &Entry) -> TableCheckpoint<Lsn> {
+/// `at_most`: a later position is not told.
+fn known(number: usize, definition: usize, entry: &Entry, at_most: Option<u64>) -> TableCheckpoint<Lsn> {
     let table = table(number, definition);
     TableCheckpoint {
         source: table.source().clone(),
         target: table.target.clone(),
         state: entry.state,
         generation: entry.generation,
-        position: entry.position.map(Lsn),
+        position: entry.position.map(|position| Lsn(position.min(at_most.unwrap_or(position)))),
         rows_copied: 0,
         columns: table.signature(),
     }

@@ -13,7 +13,7 @@ use sluice::engine::progress::Progress;
 use sluice::engine::roles::{BatchLimits, Owner, Selection, TableSelection};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 /// A history that was lived through.
@@ -36,33 +36,63 @@ pub fn simulate(seed: u64, mutant: Option<Mutant>) -> Lived {
 async fn live(world: &Arc<Mutex<World>>) {
     let lock = || world.lock().expect("no panic while the world is held");
     let rounds = 2 + lock().dice.below(7);
+    let mut lost = Lost::default();
     for _ in 0..rounds {
-        round(world, false).await;
+        round(world, false, &mut lost).await;
     }
+    lost.end(world).await;
     while lock().violation.is_none() && !lock().is_level() {
-        round(world, true).await;
+        round(world, true, &mut lost).await;
+    }
+}
+
+/// Workers of an earlier round of which nobody knows whether they still live: others have begun in their place.
+#[derive(Default)]
+struct Lost {
+    workers: JoinSet<()>,
+}
+
+impl Lost {
+    /// They end at last.
+    async fn end(&mut self, world: &Mutex<World>) {
+        self.workers.abort_all();
+        while let Some(ended) = self.workers.join_next().await {
+            note_panic(world, ended);
+        }
+    }
+}
+
+fn note_panic(world: &Mutex<World>, ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        world.lock().expect("no panic while the world is held").violated(|| format!("a worker has panicked: {error}"));
     }
 }
 
 /// One mapping, and a worker for it, or two.
-async fn round(world: &Arc<Mutex<World>>, last: bool) {
+async fn round(world: &Arc<Mutex<World>>, last: bool, lost: &mut Lost) {
     let lock = || world.lock().expect("no panic while the world is held");
     if lock().violation.is_some() {
         return;
+    }
+    if lock().given_up {
+        // People see to it that nobody is left.
+        lost.end(world).await;
     }
     let (tables, over, second) = {
         let mut world = lock();
         world.begin_anew();
         let over = world.begin_round(last);
         let mapped: Vec<usize> = (0..TABLES).filter(|table| world.mapped[*table]).collect();
-        // Before there is a checkpoint, two workers would have to share the making of the slot.
-        let second = !last && world.server.stored.position.is_some() && world.dice.chance(300);
+        let chance = if world.server.stored.position.is_some() { 300 } else { 800 };
+        let second = !last && world.dice.chance(chance);
         (mapped, over, second)
     };
-    let stop = Stop::default();
+    let (stop, is_lost) = (Stop::default(), CancellationToken::new());
     let mut workers = JoinSet::new();
     for _ in 0..=u32::from(second) {
-        workers.spawn(worker(Arc::clone(world), config(&tables), stop.clone()));
+        workers.spawn(worker(Arc::clone(world), config(&tables), stop.clone(), is_lost.clone()));
     }
     loop {
         let ended = tokio::select! {
@@ -71,29 +101,36 @@ async fn round(world: &Arc<Mutex<World>>, last: bool) {
             ended = workers.join_next() => ended,
         };
         match ended {
-            Some(Err(error)) => lock().violated(|| format!("a worker has panicked: {error}")),
-            Some(Ok(())) => {}
+            Some(ended) => note_panic(world, ended),
             None => break,
         }
     }
-    let how = if last || lock().violation.is_some() { 0 } else { lock().dice.below(3) };
+    let how = if last || lock().given_up || lock().violation.is_some() { 0 } else { lock().dice.below(4) };
     match how {
         0 => workers.abort_all(),
         1 => stop.finish.cancel(),
-        _ => stop.now.cancel(),
+        2 => stop.now.cancel(),
+        _ => {
+            is_lost.cancel();
+            lost.end(world).await;
+            lock().seen.note_all(Rare::LivedOn, workers.len() as u64);
+            std::mem::swap(&mut lost.workers, &mut workers);
+        }
     }
-    while workers.join_next().await.is_some() {}
+    while let Some(ended) = workers.join_next().await {
+        note_panic(world, ended);
+    }
     if lock().violation.is_none() {
         lock().seen.note(Rare::Stopped);
     }
 }
 
 /// One process after the other, each with its sessions.
-async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop) {
+async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop, is_lost: CancellationToken) {
     let mut held = None;
     loop {
         let crash = CancellationToken::new();
-        let reach = Reach::new(&world, &crash);
+        let reach = Reach::new(&world, &crash, &is_lost);
         let (source, target) = (Arc::new(SimSource::new(reach.clone())), Arc::new(SimTarget(reach.clone())));
         let progress = Progress::new();
         let ended = tokio::select! {
@@ -102,16 +139,18 @@ async fn worker(world: Arc<Mutex<World>>, config: StreamConfig, stop: Stop) {
             ended = flow::run(source, target, &config, &progress, &stop, &mut held) => Some(ended),
         };
         match ended {
+            // Nobody begins another process where nobody can reach it.
+            None if is_lost.is_cancelled() => return,
             // Another process begins, which has never claimed.
             None => held = None,
             Some(Ok(())) => return,
             Some(Err(error)) if error.class == Class::Retry => {}
             Some(Err(error)) if error.class == Class::Fenced => return,
+            // What another worker has done since its claim may puzzle this one. It claims again, and learns of it.
+            Some(Err(error)) if error.class == Class::Stop && held != Some(reach.world().server.stored.epoch) => {}
             // People look, and in time another session does.
             Some(Err(error)) if error.reason == reason::SCHEMA_CHANGED && reach.world().history.was_altered() => {}
             Some(Err(error)) if needs_new_stream(&error) && reach.world().history.timeline() > 1 => return reach.world().give_up(),
-            // What another worker has done since its claim may puzzle this one. It claims again, and learns of it.
-            Some(Err(error)) if error.class == Class::Stop && held != Some(reach.world().server.stored.epoch) => {}
             Some(Err(error)) => return reach.world().violated(|| format!("a session ends with {:?}: {error}", error.class)),
         }
         tokio::select! {

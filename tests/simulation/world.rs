@@ -2,6 +2,7 @@
 
 use crate::dice::Dice;
 use crate::faults::{Fault, Faults, Moment, Point};
+use crate::fence::SourceServer;
 use crate::history::{History, TABLES};
 use crate::mutants::Mutant;
 use crate::oracle::{Held, Oracle};
@@ -10,6 +11,7 @@ use crate::server::{Entry, Server, Stored};
 use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::table::TableState;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +23,7 @@ pub struct World {
     pub dice: Dice,
     pub history: History,
     pub server: Server,
+    pub source: SourceServer,
     /// What was asked of the publication, where that is done too late.
     pub late_publication: Option<[bool; TABLES]>,
     /// What was last asked of the publication.
@@ -48,6 +51,8 @@ pub struct World {
     restless: bool,
     /// How often, of a thousand times, the target's server does nothing.
     slow: u32,
+    /// How often, of a thousand calls, a worker does nothing for long.
+    pauses: u32,
     to_the_end: bool,
 }
 
@@ -59,9 +64,11 @@ impl World {
         let faults = Faults::new(&mut dice);
         let (restless, to_the_end) = (dice.chance(500), dice.chance(200));
         let slow = [0, 0, 600, 800][dice.below(4) as usize];
+        let pauses = [0, 0, 3, 15][dice.below(4) as usize];
         Self {
             history,
             server: Server::default(),
+            source: SourceServer::default(),
             late_publication: None,
             asked_to_publish: [false; TABLES],
             faults,
@@ -79,6 +86,7 @@ impl World {
             out: [false; TABLES],
             restless,
             slow,
+            pauses,
             to_the_end,
             dice,
         }
@@ -146,6 +154,7 @@ impl World {
             1 if self.restless => self.history.step(&mut self.dice),
             2 => self.server.flush_some(&mut self.dice),
             3..=8 => self.work(),
+            9..=10 => self.serve_source(),
             _ => {}
         }
         if self.faults.disaster(&mut self.dice) {
@@ -153,13 +162,37 @@ impl World {
             let lost = self.server.crash();
             self.seen.note_all(Rare::CommitLost, lost);
         }
+        if self.dice.chance(250) && self.faults.disaster(&mut self.dice) {
+            self.seen.note(Rare::SourceCrash);
+            self.history.crash();
+            self.source.crash();
+        }
         if self.dice.chance(4) && self.history.take_out(&mut self.dice) {
             self.seen.note(Rare::TakenOut);
         }
         if self.dice.chance(3) && self.history.fail_over(&mut self.dice) {
             self.seen.note(Rare::Failover);
+            self.source.crash();
             self.settled_at = None;
         }
+    }
+
+    /// Steps that a worker sleeps through before its next call.
+    fn pause(&mut self, point: Point, is_lost: bool) -> u32 {
+        // Between a claim and what is done on the source under it much may happen.
+        let often = match point {
+            Point::Take | Point::CreateLog if self.server.stored.position.is_none() => 30,
+            Point::Take => 10,
+            _ => 1,
+        };
+        let (chance, longest) = if is_lost { (80, 300) } else { (self.pauses * often, 100) };
+        if self.last_round || chance == 0 || !self.dice.chance(chance) {
+            return self.dice.below(2);
+        }
+        self.seen.note(Rare::Paused);
+        let steps = 20 + self.dice.below(longest);
+        self.round_left += steps;
+        steps
     }
 
     /// Takes so many steps off the round.
@@ -258,15 +291,35 @@ impl World {
 pub struct Reach {
     world: Arc<Mutex<World>>,
     crash: CancellationToken,
+    /// Nobody knows whether the worker lives.
+    is_lost: CancellationToken,
+    /// The claim of the session.
+    epoch: Arc<AtomicI64>,
 }
 
 impl Reach {
-    pub fn new(world: &Arc<Mutex<World>>, crash: &CancellationToken) -> Self {
-        Self { world: Arc::clone(world), crash: crash.clone() }
+    pub fn new(world: &Arc<Mutex<World>>, crash: &CancellationToken, is_lost: &CancellationToken) -> Self {
+        Self { world: Arc::clone(world), crash: crash.clone(), is_lost: is_lost.clone(), epoch: Arc::default() }
     }
 
     pub fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().expect("no panic while the world is held")
+    }
+
+    /// The claim of the session; 0 before.
+    pub fn epoch(&self) -> i64 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
+    pub fn has_claimed(&self, epoch: i64) {
+        self.epoch.store(epoch, Ordering::Relaxed);
+    }
+
+    /// A session on the source is dropped.
+    pub fn leave_source(&self, session: usize) {
+        let mut world = self.world();
+        let hangs = world.dice.chance(300);
+        world.source.disconnect(session, hangs);
     }
 
     /// A worker that has crashed does nothing more.
@@ -285,7 +338,7 @@ impl Reach {
 
     /// A call goes out: others run meanwhile, and it may never arrive.
     pub async fn io(&self, point: Point) -> Result<()> {
-        let steps = self.world().dice.below(2);
+        let steps = self.world().pause(point, self.is_lost.is_cancelled());
         for _ in 0..steps {
             self.step().await;
         }

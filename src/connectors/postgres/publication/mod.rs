@@ -15,6 +15,7 @@ use crate::engine::table::{MappedTable, QualifiedName};
 use plan::{Plan, Published, PublishedTable};
 use std::collections::HashSet;
 use std::time::Duration;
+use tokio_postgres::error::SqlState;
 
 /// How long one try waits for the locks. Longer than `deadlock_timeout` (1 s), after which an autovacuum gives way.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -205,17 +206,21 @@ async fn run(session: &Session, what: &str, statement: &str) -> Result<()> {
 
 /// The same for a statement that takes locks and needs rights.
 async fn run_locking(session: &Session, what: &str, statement: &str) -> Result<(), Attempt> {
-    let mut locks_taken = false;
-    let statement = async {
-        let result = session.batch_execute(statement).await;
-        locks_taken = matches!(&result, Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::LOCK_NOT_AVAILABLE));
-        result
-    };
-    answer(Side::Source, what, statement).await.map_err(|mut error| {
+    let mut code = None;
+    let statement = async { session.batch_execute(statement).await.inspect_err(|error| code = error.code().cloned()) };
+    let done = answer(Side::Source, what, statement).await;
+    done.map_err(|mut error| {
         if error.reason == reason::PRIVILEGE_MISSING {
             error.message += "; publishing takes CREATE on the database and the rights of each table's owner (GRANT owner TO role)";
         }
-        if locks_taken { Attempt::LocksTaken(error) } else { Attempt::Failed(error) }
+        match code {
+            Some(SqlState::LOCK_NOT_AVAILABLE) => Attempt::LocksTaken(error),
+            // Somebody has put a table in, or taken it out, since the publication was read: it must be looked at again.
+            Some(SqlState::DUPLICATE_OBJECT | SqlState::UNDEFINED_OBJECT) => {
+                Attempt::Failed(Error::retry(reason::LEFT_PUBLICATION, error.message))
+            }
+            _ => Attempt::Failed(error),
+        }
     })
 }
 
