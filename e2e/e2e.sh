@@ -204,6 +204,24 @@ new_resources_restart_once_with_the_new_image() {
   expect "image of the worker" "$(kubectl get pod "$(worker_pod $MIRROR)" -n shop -o 'jsonpath={.spec.containers[0].image}')" "localhost/sluice:$TAG-next"
 }
 
+# Under a real Deployment controller, which writes to the same Deployment: nobody fights.
+edits_are_put_right() {
+  local worker before generation
+  worker=$(worker_identity)
+  kubectl patch configmap $MIRROR-worker -n shop --type merge -p '{"data": {"desired.json": "{}"}}'
+  wait_until 10 "the document is back" document_is_whole
+  streams_on
+  expect "worker (uid, restarts)" "$(worker_identity)" "$worker"
+  before=$(epoch)
+  kubectl scale deployment $MIRROR-worker -n shop --replicas=0
+  wait_until 120 "another worker streams" streams_in_epoch_after $MIRROR "$before"
+  generation=$(deployment_generation)
+  streams_on
+  expect "generation of the Deployment" "$(deployment_generation)" "$generation"
+}
+document_is_whole() { kubectl get configmap $MIRROR-worker -n shop -o 'jsonpath={.data.desired\.json}' | jq -e .mirror.uid; }
+deployment_generation() { kubectl get deployment $MIRROR-worker -n shop -o 'jsonpath={.metadata.generation}'; }
+
 # ---------------------------------------------------------------- the end
 nothing_is_left_on_the_source() {   # of slot $1 and publication $2
   expect slots "$(source_sql "SELECT count(*) FROM pg_replication_slots WHERE slot_name = '$1'")" 0
@@ -287,6 +305,7 @@ main() {
   check "a rotated password leads to a reconnect, no restart" password_is_rotated
   check "helm upgrade to another image and template restarts no worker" upgrade_restarts_no_worker
   check "a change of resources restarts it once, with the new image" new_resources_restart_once_with_the_new_image
+  check "what somebody edits by hand is put right" edits_are_put_right
   check "of two workers with one identity one writes" a_second_worker_is_fenced
   check "after all that every row is equal" contents_are_equal
   check "a deleted Mirror leaves no slot, no publication, no child" mirror_is_deleted
