@@ -167,8 +167,10 @@ where
         let (snapshot, target, claim) = (Arc::clone(self.snapshot), Arc::clone(self.job.target), self.job.claim.clone());
         let (table, range, generation, format) = (self.table.clone(), range.clone(), self.generation, self.format);
         let task = tokio::spawn(async move {
-            let rows = snapshot.read(&table, &range, format).await?;
-            target.load(&claim, &table, generation, &range, format, rows).await
+            let (wanted, part) = (table.clone(), range.clone());
+            // Begins when the target asks for rows, so that both ends get ready at the same time.
+            let rows = stream::once(async move { snapshot.read(&wanted, &part, format).await }).try_flatten();
+            target.load(&claim, &table, generation, &range, format, Box::pin(rows)).await
         });
         AbortOnDropHandle::new(task).await.map_err(|error| lost_task(&error))?
     }

@@ -14,6 +14,7 @@ use super::startup::{Facts, Start, check_mapping, decide};
 use super::stream::follow;
 use super::structure::{IndexRole, Structure};
 use super::table::{MappedTable, QualifiedName, TableState};
+use futures::future;
 use std::cmp::Ordering::{Equal, Less};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::convert::Infallible;
@@ -173,27 +174,43 @@ where
     T: Target<Position = S::Position>,
 {
     check_mapping(&config.selection)?;
-    let identity = source.identity().await?;
-    let mut tables = referenced_first(source.tables(&config.selection).await?);
-    for table in &mut tables {
-        config.snapshot.leave_out(Arc::make_mut(&mut table.structure));
-    }
-    check_targets(&tables)?;
+    // Steps that do not need each other's outcome are taken side by side: on a far server it is the round trips that count.
+    // Their errors are told in the order of the steps.
+    let (identity, connected) = future::join(source.identity(), target.connect()).await;
+    let identity = identity?;
+    connected?;
     let key =
         StreamKey { system_identifier: identity.system_identifier.clone(), database: identity.database.clone(), slot: config.slot.clone() };
-    let (claimed, mut applier) = target.claim(&key, &config.owner, *held).await?;
-    *held = Some(claimed.claim.epoch);
+    let claim = async {
+        let claimed = target.claim(&key, &config.owner, *held).await?;
+        // At once: it is this process's own, whatever becomes of the rest.
+        *held = Some(claimed.0.claim.epoch);
+        Ok::<_, Error>(claimed)
+    };
+    let mapped = async {
+        let tables = mapped_tables(&**source, config).await?;
+        let fed = source.fed(&tables).await?;
+        Ok::<_, Error>((tables, fed))
+    };
+    // A claim is never dropped halfway.
+    let (claimed, mapped) = future::join(claim, mapped).await;
+    let (claimed, mut applier) = claimed?;
+    let (tables, fed) = mapped?;
     let streamed = claimed.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.rows_streamed);
     progress.set_claim(claimed.claim.epoch, applier.mode(), streamed);
-    progress.add_notes(target.check(&identity, &tables, &source.fed(&tables).await?).await?);
 
-    progress.set_phase(Phase::SettingUp);
     let checkpoint = claimed.checkpoint.as_ref();
-    // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before the
-    // source is taken, so it is looked at once more.
-    begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
-    source.take(&mut applier).await?;
-    let start = begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
+    let start = async {
+        // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before
+        // the source is taken, so it is looked at once more.
+        begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
+        source.take(&mut applier).await?;
+        begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await
+    };
+    let (notes, start) = future::join(target.check(&identity, &tables, &fed), start).await;
+    progress.add_notes(notes?);
+    let start = start?;
+    progress.set_phase(Phase::SettingUp);
     let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let handover = match start {
         Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
@@ -214,6 +231,16 @@ where
     };
     applier.prepare(&tables).await?;
     Ok((ReadyStream { tables, handover, applier }, claimed.claim))
+}
+
+/// The mapped tables with what the target shall get of them, in the order in which they are copied.
+async fn mapped_tables<S: Source>(source: &S, config: &StreamConfig) -> Result<Vec<MappedTable>> {
+    let mut tables = referenced_first(source.tables(&config.selection).await?);
+    for table in &mut tables {
+        config.snapshot.leave_out(Arc::make_mut(&mut table.structure));
+    }
+    check_targets(&tables)?;
+    Ok(tables)
 }
 
 /// The tables in another order: each after those that it refers to, as far as that is no circle. Where a target checks foreign
@@ -299,10 +326,9 @@ where
     S: Source,
     T: Target<Position = S::Position>,
 {
-    // In this order: a table must be published before the point that its copy is tied to (engine rule 1), and the
+    // Both before the slot is made: a table must be published before the point that its copy is tied to (engine rule 1), and the
     // intention must be durable before the slot exists.
-    job.source.publish(tables, &[]).await?;
-    applier.intend_log().await?;
+    future::try_join(job.source.publish(tables, &[]), applier.intend_log()).await?;
     if drop_unfinished {
         job.source.drop_log().await?;
     }

@@ -401,6 +401,11 @@ pub trait Target: Send + Sync + 'static {
     /// Its writer.
     type Applier: Apply<Position = Self::Position>;
 
+    /// Opens what the next calls need, so that they need not wait for it. They do so by themselves otherwise.
+    fn connect(&self) -> impl Future<Output = Result<()>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Refuses what can't work: source and target the same table, a table that is itself mirrored from here, types that
     /// are missing, an existing table that does not fit. Returns what people should know though it works.
     fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> impl Future<Output = Result<Vec<String>>> + Send;

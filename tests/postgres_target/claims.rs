@@ -84,6 +84,24 @@ async fn the_epoch_fences_where_backends_may_not_be_ended() {
 }
 
 #[tokio::test]
+async fn a_claim_waits_for_a_transaction_that_has_proven_the_old_one() {
+    let server = server();
+    let (admin, _) = database(&server, "proofs").await;
+    let (target, _old) = stream(server.endpoint("proofs"), "s", &[]).await;
+    // As an old worker's range between its proof and its commit, on a backend that may not be ended.
+    admin.batch_execute("BEGIN; SELECT FROM _sluice.streams WHERE epoch = 1 FOR KEY SHARE").await.expect("a proof");
+    let claim = tokio::spawn(async move { target.claim(&key("s"), &owner("a"), None).await });
+    eventually(10, "the claim waits", || async {
+        let waiting = admin.query_one("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'", &[]).await;
+        waiting.expect("a count").get::<_, i64>(0) == 1
+    })
+    .await;
+    assert!(!claim.is_finished());
+    admin.batch_execute("COMMIT").await.expect("a commit");
+    assert_eq!(claim.await.expect("no panic").expect("a claim").0.claim.epoch, 2);
+}
+
+#[tokio::test]
 async fn of_concurrent_first_claims_one_writes() {
     let server = server();
     let (admin, _) = database(&server, "race").await;

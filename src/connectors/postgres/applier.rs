@@ -30,6 +30,8 @@ use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use durability::Durability;
 use early::EarlyLane;
 use footprint::Footprint;
+use futures::future::{join, join3, try_join_all};
+pub(super) use lane::Prepared;
 use lane::{Job, Lane, Outcome, Turn};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -99,19 +101,16 @@ struct Flight {
 impl PostgresApplier {
     /// A writer whose claim was just made on these sessions (with their backends' pids), at least one; `position` is the
     /// checkpoint that was read then.
-    pub(super) async fn new(
+    pub(super) fn new(
         target: &PostgresTarget,
-        sessions: Vec<(Session, i32)>,
+        sessions: Vec<(Session, i32, Prepared)>,
         claim: Claim,
         mode: ApplyMode,
         position: Option<Lsn>,
-    ) -> Result<Self> {
-        let mut idle = Vec::with_capacity(sessions.len());
-        for (session, pid) in sessions {
-            idle.push(Lane::new(session, pid).await?);
-        }
-        Ok(Self {
-            sessions: idle.iter().map(|lane| Arc::clone(&lane.session)).collect(),
+    ) -> Self {
+        let lanes: Vec<Lane> = sessions.into_iter().map(|(session, pid, prepared)| Lane::new(session, pid, prepared)).collect();
+        Self {
+            sessions: lanes.iter().map(|lane| Arc::clone(&lane.session)).collect(),
             early: EarlyLane::new(target.clone(), claim.clone()),
             claim,
             mode,
@@ -120,12 +119,12 @@ impl PostgresApplier {
             writers: Arc::default(),
             // The claim was flushed to disk, and with it all that was committed before.
             durability: Durability::new(position),
-            idle,
+            idle: lanes,
             flight: VecDeque::new(),
             finished: VecDeque::new(),
             part_is_open: false,
             broken: false,
-        })
+        }
     }
 
     fn session(&self) -> &Session {
@@ -139,25 +138,57 @@ impl PostgresApplier {
         Ok(())
     }
 
-    /// Begins a transaction that is on disk when it is committed.
-    async fn begin(&self) -> Result<()> {
+    fn may_begin(&self) -> Result<()> {
         self.usable()?;
         if !self.flight.is_empty() || self.part_is_open {
             return Err(Error::bug("the checkpoint was written in the middle of a transaction"));
         }
+        Ok(())
+    }
+
+    /// Begins a transaction that is on disk when it is committed.
+    async fn begin(&self) -> Result<()> {
         let sql = format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; {}", ddl::LOCK_TIMEOUT);
         self.session().batch_execute(&sql).await.map_err(failed("begin a transaction"))
     }
 
-    /// Proves the claim and commits, or rolls back.
+    async fn commit(&self) -> Result<()> {
+        self.session().batch_execute("COMMIT").await.map_err(failed("commit"))
+    }
+
+    /// One statement that is bound to the claim by itself, and says so when the claim is lost: a transaction in one round trip.
+    async fn statement(&self, what: &str, written: impl Future<Output = Result<()>>) -> Result<()> {
+        self.may_begin()?;
+        let transaction = async { Ok(join3(self.begin(), written, self.commit()).await) };
+        let (begun, written, committed) = within(CONTROL_LIMIT, what, transaction).await?;
+        begun?;
+        written?;
+        committed
+    }
+
+    /// Statements in a transaction. They are not sent before it has begun: outside of it each would stand for itself.
+    async fn statements(&self, what: &str, written: impl Future<Output = Result<()>>) -> Result<()> {
+        self.may_begin()?;
+        within(CONTROL_LIMIT, what, async {
+            self.begin().await?;
+            let written = self.prove_behind(written).await;
+            self.end(written).await
+        })
+        .await
+    }
+
+    /// Statements that are sent together, and the proof of the claim with them, as the last one.
+    async fn prove_behind<T>(&self, written: impl Future<Output = Result<T>>) -> Result<T> {
+        let (written, proven) = join(written, self.claim.check(self.session())).await;
+        let written = written?;
+        proven.map(|()| written)
+    }
+
+    /// Commits what has succeeded, or rolls back.
     async fn end<T>(&self, result: Result<T>) -> Result<T> {
-        let result = match result {
-            Ok(value) => self.claim.check(self.session()).await.map(|()| value),
-            Err(error) => Err(error),
-        };
         match result {
             Ok(value) => {
-                self.session().batch_execute("COMMIT").await.map_err(failed("commit"))?;
+                self.commit().await?;
                 Ok(value)
             }
             Err(error) => {
@@ -168,13 +199,18 @@ impl PostgresApplier {
         }
     }
 
-    async fn begin_copy_inside(&self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
+    async fn begin_copy_inside(&self, table: &MappedTable, beside: &[&MappedTable], truncate: bool, place: ddl::Place) -> Result<i64> {
         let session = self.session();
-        let made = ddl::create_missing(session, table).await?;
-        if made.is_none() {
+        let made = place.present.is_none();
+        if !made {
             self.empty(table, beside, truncate).await?;
         }
-        self.claim.begin_table(session, table, made).await
+        let create = async { if made { ddl::create(session, table, place.has_schema).await } else { Ok(()) } };
+        let written = async {
+            let (created, generation) = join(create, self.claim.begin_table(session, table, made)).await;
+            created.and(generation)
+        };
+        self.prove_behind(written).await
     }
 
     /// Empties a table, and with it those that foreign keys make one with it.
@@ -194,7 +230,7 @@ impl PostgresApplier {
         for emptied in related.empty(session, &members, &full, self.mode).await? {
             // Nobody may take it for what it was, should its own copy never begin.
             if let Some(other) = tables.iter().find(|table| table.target == *emptied) {
-                self.claim.begin_table(session, other, None).await?;
+                self.claim.begin_table(session, other, false).await?;
             }
         }
         Ok(())
@@ -375,60 +411,41 @@ impl Apply for PostgresApplier {
     type Position = Lsn;
 
     async fn intend_log(&mut self) -> Result<()> {
-        within(CONTROL_LIMIT, "note the slot to come", async {
-            self.begin().await?;
-            let written = self.claim.intend_log(self.session()).await;
-            self.end(written).await
-        })
-        .await
+        self.statement("note the slot to come", self.claim.intend_log(self.session())).await
     }
 
     async fn initialize(&mut self, position: &Lsn, timeline: i64) -> Result<()> {
-        within(CONTROL_LIMIT, "write the first checkpoint", async {
-            self.begin().await?;
-            let written = self.claim.initialize(self.session(), *position, timeline).await;
-            self.end(written).await
-        })
-        .await?;
+        self.statement("write the first checkpoint", self.claim.initialize(self.session(), *position, timeline)).await?;
         self.position = Some(*position);
         self.durability = Durability::new(Some(*position));
         Ok(())
     }
 
     async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
-        within(CONTROL_LIMIT, "write the timeline", async {
-            self.begin().await?;
-            let written = self.claim.set_timeline(self.session(), timeline).await;
-            self.end(written).await
-        })
-        .await
+        self.statement("write the timeline", self.claim.set_timeline(self.session(), timeline)).await
     }
 
     async fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
+        self.may_begin()?;
         within(EMPTY_LIMIT, "begin a copy", async {
-            self.begin().await?;
-            let generation = self.begin_copy_inside(table, beside, truncate).await;
+            // Three round trips where the table is made: what is there; what is made and written; the commit.
+            let (begun, place) = join(self.begin(), ddl::look(self.session(), table)).await;
+            begun?;
+            let generation = match place {
+                Ok(place) => self.begin_copy_inside(table, beside, truncate, place).await,
+                Err(error) => Err(error),
+            };
             self.end(generation).await
         })
         .await
     }
 
     async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
-        within(CONTROL_LIMIT, "write a table's state", async {
-            self.begin().await?;
-            let written = self.claim.set_state(self.session(), table, state, position.copied()).await;
-            self.end(written).await
-        })
-        .await
+        self.statements("write a table's state", self.claim.set_state(self.session(), table, state, position.copied())).await
     }
 
     async fn forget(&mut self, tables: &[QualifiedName]) -> Result<()> {
-        within(CONTROL_LIMIT, "forget tables", async {
-            self.begin().await?;
-            let written = self.claim.forget(self.session(), tables).await;
-            self.end(written).await
-        })
-        .await
+        self.statements("forget tables", self.claim.forget(self.session(), tables)).await
     }
 
     async fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> Result<Vec<i32>> {
@@ -440,13 +457,16 @@ impl Apply for PostgresApplier {
     async fn prepare(&mut self, tables: &[MappedTable]) -> Result<()> {
         self.usable()?;
         let mut writers = HashMap::new();
-        for table in tables {
-            let present = within(CONTROL_LIMIT, "read the target table", ddl::describe(self.session(), &table.target)).await?;
-            let Some(present) = present else {
-                return Err(Error::stop(reason::TARGET_TABLE_INCOMPATIBLE, format!("target table {} is gone", table.target)));
-            };
-            ddl::check_compatible(table, &present)?;
-            writers.insert(table.version.id, TableWriter::new(table, &present, self.mode, self.triggers_accepted)?);
+        for some in tables.chunks(ddl::LOOKS) {
+            let looks = try_join_all(some.iter().map(|table| ddl::describe(self.session(), &table.target)));
+            let present = within(CONTROL_LIMIT, "read the target tables", looks).await?;
+            for (table, present) in some.iter().zip(present) {
+                let Some(present) = present else {
+                    return Err(Error::stop(reason::TARGET_TABLE_INCOMPATIBLE, format!("target table {} is gone", table.target)));
+                };
+                ddl::check_compatible(table, &present)?;
+                writers.insert(table.version.id, TableWriter::new(table, &present, self.mode, self.triggers_accepted)?);
+            }
         }
         self.idle.iter_mut().for_each(|lane| lane.statements.clear());
         self.early.forget_statements();
@@ -541,7 +561,9 @@ impl Apply for PostgresApplier {
         if self.durability.wants_look()
             && let Some(lane) = self.idle.first()
         {
-            let look = async { lane.session.query_one(&lane.log_positions, &[]).await.map_err(failed("read the target's log position")) };
+            let look = async {
+                lane.session.prepared().query_one(&lane.log_positions, &[]).await.map_err(failed("read the target's log position"))
+            };
             let row = within(CONTROL_LIMIT, "read the target's log position", look).await?;
             self.durability.flushed(Lsn(row.get::<_, PgLsn>(1).into()));
         }

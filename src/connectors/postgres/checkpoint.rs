@@ -12,13 +12,14 @@
 pub(super) mod claim;
 pub(super) mod schema;
 
+use super::connect::{Parameter, Parameters, Session};
 use super::lsn::Lsn;
 use super::sql::qualified;
 use super::target::failed;
 use crate::engine::error::{Class, Error, Result, reason};
 pub(super) use crate::engine::roles::Claim;
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::Statement;
 
 /// What the checkpoint says of one table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub(super) struct KnownTable {
 }
 
 /// Prepared once per connection, since each writing transaction ends with it.
-pub(super) async fn prepare_move(client: &Client) -> Result<Statement> {
+pub(super) async fn prepare_move(client: &Session) -> Result<Statement> {
     client
         .prepare(
             "UPDATE _sluice.streams SET position = $5, rows_streamed = rows_streamed + $7, updated_at = now()
@@ -41,7 +42,7 @@ pub(super) async fn prepare_move(client: &Client) -> Result<Statement> {
 impl Claim {
     /// Proves, as a transaction's last statement, that the claim still holds. Copied ranges may do so at the same time
     /// as the stream moves its position: `KEY SHARE` conflicts with a claim's `FOR UPDATE` only.
-    pub(super) async fn check(&self, client: &Client) -> Result<()> {
+    pub(super) async fn check(&self, client: &Session) -> Result<()> {
         let key = &self.key;
         let found = client
             .query_opt(
@@ -58,7 +59,7 @@ impl Claim {
     }
 
     /// Why a statement that is bound to the claim found no row.
-    pub(super) async fn lost(&self, client: &Client, what: &str) -> Error {
+    pub(super) async fn lost(&self, client: &Session, what: &str) -> Error {
         let key = &self.key;
         let row = client
             .query_opt(
@@ -78,35 +79,28 @@ impl Claim {
     }
 
     /// Writes that the slot is about to be made.
-    pub(super) async fn intend_log(&self, client: &Client) -> Result<()> {
+    pub(super) async fn intend_log(&self, client: &Session) -> Result<()> {
         self.update_stream(client, "log_intended = true", "position IS NULL", &[]).await
     }
 
     /// Writes the first position.
-    pub(super) async fn initialize(&self, client: &Client, position: Lsn, timeline: i64) -> Result<()> {
+    pub(super) async fn initialize(&self, client: &Session, position: Lsn, timeline: i64) -> Result<()> {
         let set = "position = $5, timeline = $6, log_intended = false";
         self.update_stream(client, set, "position IS NULL", &[&position.to_string(), &timeline]).await
     }
 
     /// Writes another timeline.
-    pub(super) async fn set_timeline(&self, client: &Client, timeline: i64) -> Result<()> {
+    pub(super) async fn set_timeline(&self, client: &Session, timeline: i64) -> Result<()> {
         self.update_stream(client, "timeline = $5", "position IS NOT NULL", &[&timeline]).await
     }
 
-    async fn update_stream(
-        &self,
-        client: &Client,
-        set: &str,
-        only_if: &str,
-        values: &[&(dyn tokio_postgres::types::ToSql + Sync)],
-    ) -> Result<()> {
+    async fn update_stream(&self, client: &Session, set: &str, only_if: &str, values: Parameters<'_>) -> Result<()> {
         let sql = format!(
             "UPDATE _sluice.streams SET {set}, updated_at = now()
              WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND epoch = $4 AND {only_if}"
         );
         let key = &self.key;
-        let mut parameters: Vec<&(dyn tokio_postgres::types::ToSql + Sync)> =
-            vec![&key.system_identifier, &key.database, &key.slot, &self.epoch];
+        let mut parameters: Vec<&(dyn Parameter + Sync)> = vec![&key.system_identifier, &key.database, &key.slot, &self.epoch];
         parameters.extend_from_slice(values);
         let rows = client.execute(&sql, &parameters).await.map_err(failed("write the checkpoint"))?;
         if rows == 0 {
@@ -116,7 +110,7 @@ impl Claim {
     }
 
     /// The table's row, locked; `None` when it is unknown or was written into another target table.
-    pub(super) async fn known_table(&self, client: &Client, table: &MappedTable) -> Result<Option<KnownTable>> {
+    pub(super) async fn known_table(&self, client: &Session, table: &MappedTable) -> Result<Option<KnownTable>> {
         let (key, source, target) = (&self.key, table.source(), &table.target);
         let row = client
             .query_opt(
@@ -131,7 +125,7 @@ impl Claim {
     }
 
     /// Whether the target table is one that this stream has made.
-    pub(super) async fn has_made(&self, client: &Client, table: &MappedTable) -> Result<bool> {
+    pub(super) async fn has_made(&self, client: &Session, table: &MappedTable) -> Result<bool> {
         let (key, source) = (&self.key, table.source());
         let row = client
             .query_one(
@@ -145,7 +139,7 @@ impl Claim {
     }
 
     /// Tables that follow the stream.
-    pub(super) async fn ready_tables(&self, client: &Client) -> Result<Vec<QualifiedName>> {
+    pub(super) async fn ready_tables(&self, client: &Session) -> Result<Vec<QualifiedName>> {
         let key = &self.key;
         let rows = client
             .query(
@@ -158,77 +152,83 @@ impl Claim {
         Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
     }
 
-    /// Writes a table as beginning its next copy; ranges of earlier ones are forgotten. `made`: the target table's OID when
-    /// it was made in this transaction. Returns the generation.
-    pub(super) async fn begin_table(&self, client: &Client, table: &MappedTable, made: Option<u32>) -> Result<i64> {
-        self.own_target(client, table).await?;
+    /// Writes a table as beginning its next copy; ranges of earlier ones are forgotten. `made`: the target table was made in
+    /// this transaction. Returns the generation. Its statements are sent together.
+    pub(super) async fn begin_table(&self, client: &Session, table: &MappedTable, made: bool) -> Result<i64> {
         let (key, source, target) = (&self.key, table.source(), &table.target);
-        let row = client
-            .query_one(
+        let (state, signature, name) = (TableState::Copying.as_str(), table.signature(), qualified(target));
+        let values: [&(dyn Parameter + Sync); 11] = [
+            &key.system_identifier,
+            &key.database,
+            &key.slot,
+            &source.schema,
+            &source.name,
+            &target.schema,
+            &target.name,
+            &state,
+            &signature,
+            &made,
+            &name,
+        ];
+        let (owned, begun, forgotten) = futures::future::join3(
+            self.own_target(client, table),
+            client.query_one(
                 "INSERT INTO _sluice.tables AS known (system_identifier, database, slot, source_schema, source_table,
                                                       target_schema, target_table, state, generation, columns, made)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, $10)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, CASE WHEN $10 THEN to_regclass($11)::oid END)
                  ON CONFLICT (system_identifier, database, slot, source_schema, source_table) DO UPDATE
                  SET target_schema = $6, target_table = $7, state = $8, generation = known.generation + 1,
-                     position = NULL, rows_copied = 0, columns = $9, made = coalesce($10, known.made), updated_at = now()
+                     position = NULL, rows_copied = 0, columns = $9, made = coalesce(excluded.made, known.made), updated_at = now()
                  RETURNING generation",
-                &[
-                    &key.system_identifier,
-                    &key.database,
-                    &key.slot,
-                    &source.schema,
-                    &source.name,
-                    &target.schema,
-                    &target.name,
-                    &TableState::Copying.as_str(),
-                    &table.signature(),
-                    &made,
-                ],
-            )
-            .await
-            .map_err(failed("begin the copy"))?;
-        client
-            .execute(
+                &values,
+            ),
+            client.execute(
                 "DELETE FROM _sluice.ranges
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND source_schema = $4 AND source_table = $5",
-                &[&key.system_identifier, &key.database, &key.slot, &source.schema, &source.name],
-            )
-            .await
-            .map_err(failed("begin the copy"))?;
-        Ok(row.get(0))
+                &values[..5],
+            ),
+        )
+        .await;
+        owned?;
+        let generation = begun.map_err(failed("begin the copy"))?.get(0);
+        forgotten.map_err(failed("begin the copy"))?;
+        Ok(generation)
     }
 
-    /// Writes a table's state; a table that was never copied gets its row here.
-    pub(super) async fn set_state(&self, client: &Client, table: &MappedTable, state: TableState, position: Option<Lsn>) -> Result<()> {
-        self.own_target(client, table).await?;
+    /// Writes a table's state; a table that was never copied gets its row here. Its statements are sent together.
+    pub(super) async fn set_state(&self, client: &Session, table: &MappedTable, state: TableState, position: Option<Lsn>) -> Result<()> {
         let (key, source, target) = (&self.key, table.source(), &table.target);
-        client
-            .execute(
+        let (state, position, signature) = (state.as_str(), position.map(|position| position.to_string()), table.signature());
+        let values: [&(dyn Parameter + Sync); 10] = [
+            &key.system_identifier,
+            &key.database,
+            &key.slot,
+            &source.schema,
+            &source.name,
+            &target.schema,
+            &target.name,
+            &state,
+            &position,
+            &signature,
+        ];
+        let (owned, written) = futures::future::join(
+            self.own_target(client, table),
+            client.execute(
                 "INSERT INTO _sluice.tables (system_identifier, database, slot, source_schema, source_table,
                                              target_schema, target_table, state, position, columns)
                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
                  ON CONFLICT (system_identifier, database, slot, source_schema, source_table) DO UPDATE
                  SET target_schema = $6, target_table = $7, state = $8, position = $9, updated_at = now()",
-                &[
-                    &key.system_identifier,
-                    &key.database,
-                    &key.slot,
-                    &source.schema,
-                    &source.name,
-                    &target.schema,
-                    &target.name,
-                    &state.as_str(),
-                    &position.map(|position| position.to_string()),
-                    &table.signature(),
-                ],
-            )
-            .await
-            .map_err(failed("write a table's state"))?;
-        Ok(())
+                &values,
+            ),
+        )
+        .await;
+        owned?;
+        written.map(drop).map_err(failed("write a table's state"))
     }
 
     /// Tables that have been reached by the stream.
-    pub(super) async fn join(&self, client: &Client, tables: &[QualifiedName]) -> Result<()> {
+    pub(super) async fn join(&self, client: &Session, tables: &[QualifiedName]) -> Result<()> {
         let key = &self.key;
         let (schemas, names) = columns_of(tables);
         let rows = client
@@ -247,26 +247,24 @@ impl Claim {
         Ok(())
     }
 
-    /// Forgets tables and their ranges.
-    pub(super) async fn forget(&self, client: &Client, tables: &[QualifiedName]) -> Result<()> {
+    /// Forgets tables and their ranges. Its statements are sent together.
+    pub(super) async fn forget(&self, client: &Session, tables: &[QualifiedName]) -> Result<()> {
         let key = &self.key;
         let (schemas, names) = columns_of(tables);
-        for place in ["tables", "ranges"] {
+        let values: [&(dyn Parameter + Sync); 5] = [&key.system_identifier, &key.database, &key.slot, &schemas, &names];
+        let delete = async |place: &str| {
             let sql = format!(
                 "DELETE FROM _sluice.{place} AS known USING unnest($4::text[], $5::text[]) AS gone(source_schema, source_table)
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3
                    AND known.source_schema = gone.source_schema AND known.source_table = gone.source_table"
             );
-            client
-                .execute(&sql, &[&key.system_identifier, &key.database, &key.slot, &schemas, &names])
-                .await
-                .map_err(failed("forget tables"))?;
-        }
-        Ok(())
+            client.execute(&sql, &values).await.map(drop).map_err(failed("forget tables"))
+        };
+        futures::future::try_join(delete("tables"), delete("ranges")).await.map(drop)
     }
 
     /// Ranges done in a generation.
-    pub(super) async fn done_ranges(&self, client: &Client, table: &QualifiedName, generation: i64) -> Result<Vec<i32>> {
+    pub(super) async fn done_ranges(&self, client: &Session, table: &QualifiedName, generation: i64) -> Result<Vec<i32>> {
         let key = &self.key;
         let rows = client
             .query(
@@ -281,7 +279,7 @@ impl Claim {
     }
 
     /// Writes a range as done, in the transaction that carries its rows.
-    pub(super) async fn range_done(&self, client: &Client, table: &QualifiedName, generation: i64, number: i32, rows: i64) -> Result<()> {
+    pub(super) async fn range_done(&self, client: &Session, table: &QualifiedName, generation: i64, number: i32, rows: i64) -> Result<()> {
         let key = &self.key;
         let counted = client
             .execute(
@@ -303,29 +301,29 @@ impl Claim {
 
     /// Makes sure that nobody else writes the target table. What an earlier slot or mapping of this very Mirror has left
     /// is forgotten.
-    async fn own_target(&self, client: &Client, table: &MappedTable) -> Result<()> {
+    async fn own_target(&self, client: &Session, table: &MappedTable) -> Result<()> {
         let (key, source, target) = (&self.key, table.source(), &table.target);
-        client
-            .execute(
+        let values: [&(dyn Parameter + Sync); 7] =
+            [&key.system_identifier, &key.database, &key.slot, &target.schema, &target.name, &source.schema, &source.name];
+        let (forgotten, other) = futures::future::join(
+            client.execute(
                 "DELETE FROM _sluice.tables AS old USING _sluice.streams AS theirs, _sluice.streams AS ours
                  WHERE (theirs.system_identifier, theirs.database, theirs.slot) = (old.system_identifier, old.database, old.slot)
                    AND (ours.system_identifier, ours.database, ours.slot) = ($1, $2, $3)
                    AND (theirs.mirror_namespace, theirs.mirror_name) = (ours.mirror_namespace, ours.mirror_name)
                    AND old.target_schema = $4 AND old.target_table = $5
                    AND (old.system_identifier, old.database, old.slot, old.source_schema, old.source_table) <> ($1, $2, $3, $6, $7)",
-                &[&key.system_identifier, &key.database, &key.slot, &target.schema, &target.name, &source.schema, &source.name],
-            )
-            .await
-            .map_err(failed("look who writes the table"))?;
-        let other = client
-            .query_opt(
+                &values,
+            ),
+            client.query_opt(
                 "SELECT mirror_namespace, mirror_name, slot FROM _sluice.tables JOIN _sluice.streams USING (system_identifier, database, slot)
                  WHERE target_schema = $4 AND target_table = $5 AND (system_identifier, database, slot) <> ($1, $2, $3)",
-                &[&key.system_identifier, &key.database, &key.slot, &target.schema, &target.name],
-            )
-            .await
-            .map_err(failed("look who writes the table"))?;
-        match other {
+                &values[..5],
+            ),
+        )
+        .await;
+        forgotten.map_err(failed("look who writes the table"))?;
+        match other.map_err(failed("look who writes the table"))? {
             None => Ok(()),
             Some(row) => Err(duplicate_target(target, row.get(0), row.get(1), row.get(2))),
         }

@@ -16,30 +16,48 @@ pub(super) use describe::{Equality, TargetTable, describe};
 pub(super) use empty::related;
 pub(super) use needs::check_needs;
 
+use super::connect::Session;
 use super::lsn::Lsn;
 use super::sql::{qualified, quote_ident};
 use super::target::failed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::ApplyMode;
 use crate::engine::table::{Column, Identity, MappedTable, QualifiedName};
-use tokio_postgres::Client;
+
+/// How many tables are looked at together. The statements of all at once would take memory.
+pub(super) const LOOKS: usize = 50;
 
 /// How long a statement waits for a lock on a target table before it gives way and is tried again.
 pub(super) const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '30s'";
 
-/// Makes schema and table where they are missing. The OID of a table that was made.
-pub(super) async fn create_missing(client: &Client, table: &MappedTable) -> Result<Option<u32>> {
-    if describe(client, &table.target).await?.is_some() {
-        return Ok(None);
-    }
-    structure::create_schema(client, &table.target.schema).await?;
-    client.batch_execute(&create_table(table)).await.map_err(failed(format!("create target table {}", table.target)))?;
-    if let Some(sql) = build::storage(table) {
-        client.batch_execute(&sql).await.map_err(failed(&sql))?;
-    }
-    let sql = "SELECT to_regclass($1)::oid";
-    let row = client.query_one(sql, &[&qualified(&table.target)]).await.map_err(failed("look for the target table"))?;
-    Ok(Some(row.get(0)))
+/// What is there where a table is mapped to.
+pub(super) struct Place {
+    pub present: Option<TargetTable>,
+    pub has_schema: bool,
+}
+
+/// Looks where a table is mapped to.
+pub(super) async fn look(client: &Session, table: &MappedTable) -> Result<Place> {
+    let (present, has_schema) =
+        futures::future::try_join(describe(client, &table.target), structure::has_schema(client, &table.target.schema)).await?;
+    Ok(Place { present, has_schema })
+}
+
+/// Makes a table, and its schema when there is none. Its statements are sent together.
+pub(super) async fn create(client: &Session, table: &MappedTable, has_schema: bool) -> Result<()> {
+    let schema = async { if has_schema { Ok(()) } else { structure::create_schema(client, &table.target.schema).await } };
+    let create = async {
+        let created = client.batch_execute(&create_table(table)).await;
+        created.map_err(failed(format!("create target table {}", table.target)))
+    };
+    let storage = async {
+        match build::storage(table) {
+            Some(sql) => client.batch_execute(&sql).await.map_err(failed(&sql)),
+            None => Ok(()),
+        }
+    };
+    let (schema, created, stored) = futures::future::join3(schema, create, storage).await;
+    schema.and(created).and(stored)
 }
 
 /// The statement that makes a target table.
@@ -63,7 +81,7 @@ fn define_column(column: &Column) -> String {
 }
 
 /// Whether a table holds a row.
-pub(super) async fn has_rows(client: &Client, table: &QualifiedName) -> Result<bool> {
+pub(super) async fn has_rows(client: &Session, table: &QualifiedName) -> Result<bool> {
     let sql = format!("SELECT EXISTS (SELECT FROM {})", qualified(table));
     let row = client.query_one(&sql, &[]).await.map_err(failed(format!("look for rows in {table}")))?;
     Ok(row.get(0))
@@ -73,7 +91,7 @@ pub(super) async fn has_rows(client: &Client, table: &QualifiedName) -> Result<b
 ///
 /// A table without a primary key whose rows are named by a unique index gets one on those columns: without it every
 /// update would read the whole table.
-pub(super) async fn finish(client: &Client, table: &MappedTable) -> Result<()> {
+pub(super) async fn finish(client: &Session, table: &MappedTable) -> Result<()> {
     let Some(present) = describe(client, &table.target).await? else {
         return Err(Error::stop(reason::TARGET_TABLE_INCOMPATIBLE, format!("target table {} is gone", table.target)));
     };
@@ -84,7 +102,7 @@ pub(super) async fn finish(client: &Client, table: &MappedTable) -> Result<()> {
 }
 
 /// The primary key's own name, unless another relation of the target schema bears it.
-async fn free_name<'a>(client: &Client, table: &'a MappedTable) -> Result<Option<&'a str>> {
+async fn free_name<'a>(client: &Session, table: &'a MappedTable) -> Result<Option<&'a str>> {
     let Some(name) = table.primary_key_name.as_deref() else {
         return Ok(None);
     };

@@ -24,7 +24,6 @@ use crate::engine::roles::Proof;
 use sha2::{Digest as _, Sha256};
 use std::time::Duration;
 use tokio::time::Instant;
-use tokio_postgres::types::ToSql;
 
 /// How long ended sessions may take to be gone.
 const RELEASE_LIMIT: Duration = Duration::from_secs(15);
@@ -126,8 +125,7 @@ async fn end_holders(session: &Session, slot: &str, keys: &[i64], claim: &mut im
         }
         let Some(started) = started else { return in_the_way("may not be ended by this role") };
         let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start::text = $2";
-        let parameters: [&(dyn ToSql + Sync); 2] = [&pid, &started];
-        if let Err(error) = answer(Side::Source, "end an old worker's session", session.query(end, &parameters)).await {
+        if let Err(error) = answer(Side::Source, "end an old worker's session", session.query(end, &[&pid, &started])).await {
             return if error.reason == reason::PRIVILEGE_MISSING { in_the_way("may not be ended by this role") } else { Err(error) };
         }
     }

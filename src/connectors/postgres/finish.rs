@@ -3,7 +3,7 @@
 
 use super::checkpoint::Claim;
 use super::connect::Session;
-use super::ddl::structure::{Build, Present, build_index, settle};
+use super::ddl::structure::{Build, Present, build_indexes, settle};
 use super::load::set_up;
 use super::target::{PostgresTarget, failed};
 use super::{ddl, target};
@@ -88,7 +88,7 @@ impl Finishing<'_> {
     async fn build(&self, build: &Build<'_>) -> Result<()> {
         let session = self.session().await?;
         self.begin(&session).await?;
-        build_index(&session, self.table, build).await?;
+        build_indexes(&session, self.table, std::slice::from_ref(build)).await?;
         self.claim.check(&session).await?;
         session.batch_execute("COMMIT").await.map_err(target::failed(format!("commit index {}", build.name)))
     }

@@ -15,7 +15,7 @@ use std::fmt::Write as _;
 /// The target can't be reached, or refuses.
 pub async fn forget_stream(target: &Endpoint, slot: &str, namespace: &str, name: &str) -> Result<()> {
     let session = connect(target, Side::Target, "sluice clean up").await?;
-    if schema::version(&session).await?.is_none() {
+    if !schema::is_there(&session).await? {
         return Ok(());
     }
     session.batch_execute(&statements(slot, namespace, name)).await.map_err(failed("remove the checkpoint"))

@@ -39,7 +39,16 @@ impl Loader {
         Ok(Self { session, mode })
     }
 
-    /// Loads one range: all of it, or nothing.
+    /// Begins the transaction of a range, in one round trip. An old worker's range ends here, and not only after it has loaded
+    /// everything.
+    pub async fn begin(&self, claim: &Claim) -> Result<()> {
+        let begin = self.session.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off");
+        let (standing, begun) = futures::future::join(claim.check(&self.session), begin).await;
+        standing?;
+        begun.map_err(failed("begin a range"))
+    }
+
+    /// Loads one range in the transaction that was begun: all of it, or nothing.
     pub async fn load(
         &self,
         claim: &Claim,
@@ -50,12 +59,6 @@ impl Loader {
         rows: BulkStream,
     ) -> Result<u64> {
         let session = &self.session;
-        // An old worker's range ends here, and not only after it has loaded everything.
-        claim.check(session).await?;
-        session
-            .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off")
-            .await
-            .map_err(failed("begin a range"))?;
         let loaded = match copy(session, table, format, rows).await {
             Ok(loaded) => loaded,
             Err(Stopped::Read(error)) => return Err(error),
@@ -102,8 +105,9 @@ impl Loaders {
 /// Gives the session the name by which a later claim finds and ends it.
 pub(super) async fn set_up(session: &Session, claim: &Claim) -> Result<ApplyMode> {
     let sql = format!("SET application_name = {}", quote_literal(&loader_name(&claim.key)));
-    session.batch_execute(&sql).await.map_err(failed("set up the session"))?;
-    choose_mode(session).await
+    let (named, mode) = futures::future::join(session.batch_execute(&sql), choose_mode(session)).await;
+    named.map_err(failed("set up the session"))?;
+    mode
 }
 
 /// Which side has ended a copy.

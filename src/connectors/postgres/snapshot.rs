@@ -13,7 +13,7 @@ use super::errors::ServerError;
 use super::lsn::Lsn;
 use super::replication::BulkSession;
 use super::session::UNLIMITED;
-use super::source::{ANSWER_LIMIT, answer};
+use super::source::{ANSWER_LIMIT, APPLICATION_NAME, answer};
 use super::sql::{qualified, quote_ident, quote_literal};
 use super::{catalog::facts, errors};
 use crate::engine::error::{Error, Result, reason};
@@ -44,20 +44,24 @@ pub struct PostgresSnapshot {
 /// Sessions that read ranges, and have nothing open between two.
 struct Readers {
     endpoint: Endpoint,
-    application_name: String,
     idle: Mutex<Vec<BulkSession>>,
 }
 
 impl PostgresSnapshot {
     /// Takes over a snapshot that another session has exported and still holds.
-    pub async fn import(endpoint: &Endpoint, application_name: &str, position: Lsn, exported: &str) -> Result<Self> {
-        let readers = Readers { endpoint: endpoint.clone(), application_name: application_name.to_owned(), idle: Mutex::new(Vec::new()) };
-        let holder = connect(endpoint, Side::Source, application_name).await?;
-        answer(Side::Source, "lift the limits of role and database", holder.query(UNLIMITED, &[])).await?;
+    pub(super) async fn import(hands: Hands, endpoint: &Endpoint, position: Lsn, exported: &str) -> Result<Self> {
+        let Hands { holder, reader } = hands;
         let begin = begin(exported);
-        answer(Side::Source, "import the slot's snapshot", holder.batch_execute(&begin)).await?;
-        let name = answer(Side::Source, "export the snapshot", holder.query_one("SELECT pg_export_snapshot()", &[])).await?.get(0);
-        let partitioned = facts::partitioned(&holder).await?;
+        // Polled together: one round trip for all, in this order.
+        let (begun, name, partitioned) = futures::future::join3(
+            answer(Side::Source, "import the slot's snapshot", holder.batch_execute(&begin)),
+            answer(Side::Source, "export the snapshot", holder.query_one("SELECT pg_export_snapshot()", &[])),
+            facts::partitioned(&holder),
+        )
+        .await;
+        begun?;
+        let (name, partitioned) = (name?.get(0), partitioned?);
+        let readers = Readers { endpoint: endpoint.clone(), idle: Mutex::new(vec![reader]) };
         Ok(Self { position, name, partitioned, holder, readers: Arc::new(readers) })
     }
 
@@ -85,6 +89,39 @@ impl PostgresSnapshot {
         }
         let message = format!("{} was rewritten, truncated, or has other partitions than the snapshot: it needs a new one", table.source());
         Err(Error::retry(reason::SNAPSHOT_LOST, message))
+    }
+}
+
+/// Sessions that a snapshot begins with.
+pub(super) struct Hands {
+    holder: Session,
+    reader: BulkSession,
+}
+
+impl Hands {
+    /// Connects.
+    pub async fn open(endpoint: &Endpoint) -> Result<Self> {
+        let holder = async {
+            let holder = connect(endpoint, Side::Source, APPLICATION_NAME).await?;
+            answer(Side::Source, "lift the limits of role and database", holder.query(UNLIMITED, &[])).await?;
+            Ok(holder)
+        };
+        let (holder, reader) = futures::future::try_join(holder, open_reader(endpoint)).await?;
+        Ok(Self { holder, reader })
+    }
+}
+
+async fn open_reader(endpoint: &Endpoint) -> Result<BulkSession> {
+    let mut session = BulkSession::connect(endpoint, APPLICATION_NAME).await?;
+    command(&mut session, UNLIMITED).await?;
+    Ok(session)
+}
+
+/// A statement that has nothing to wait for.
+async fn command(session: &mut BulkSession, sql: &str) -> Result<()> {
+    match tokio::time::timeout(ANSWER_LIMIT, session.run(sql)).await {
+        Ok(ran) => ran?.map(drop).map_err(|error| errors::classify_server(Side::Source, sql, &error)),
+        Err(_) => Err(errors::lost(Side::Source, sql, &format!("no answer within {ANSWER_LIMIT:?}"))),
     }
 }
 
@@ -118,29 +155,15 @@ impl Readers {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match idle {
             Some(session) => Ok(session),
-            None => self.connect().await,
+            None => open_reader(&self.endpoint).await,
         }
-    }
-
-    async fn connect(&self) -> Result<BulkSession> {
-        let mut session = BulkSession::connect(&self.endpoint, &self.application_name).await?;
-        self.command(&mut session, UNLIMITED).await?;
-        Ok(session)
     }
 
     /// Lets go of the table; the next range may use the session.
     async fn give_back(&self, mut session: BulkSession) -> Result<()> {
-        self.command(&mut session, "COMMIT").await?;
+        command(&mut session, "COMMIT").await?;
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(session);
         Ok(())
-    }
-
-    /// A statement that has nothing to wait for.
-    async fn command(&self, session: &mut BulkSession, sql: &str) -> Result<()> {
-        match tokio::time::timeout(ANSWER_LIMIT, session.run(sql)).await {
-            Ok(ran) => ran?.map(drop).map_err(|error| errors::classify_server(Side::Source, sql, &error)),
-            Err(_) => Err(errors::lost(Side::Source, sql, &format!("no answer within {ANSWER_LIMIT:?}"))),
-        }
     }
 }
 

@@ -10,9 +10,10 @@ use super::pgoutput::{MESSAGE_PREFIX, binary_allowed};
 use super::replication::{ReplicationClient, connect_replication};
 use super::session::UNLIMITED;
 use super::slot::NewSlot;
-use super::snapshot::PostgresSnapshot;
+use super::snapshot::{Hands, PostgresSnapshot};
 use super::{errors, fed, fence, publication, slot};
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::flow::lost_task;
 use crate::engine::retention::Retention;
 use crate::engine::roles::{BatchLimits, Fed, LogState, Proof, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
@@ -23,6 +24,7 @@ use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::MutexGuard;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Bound for a statement that has nothing to wait for but the server. Thousands of tables take seconds.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -47,6 +49,10 @@ pub struct PostgresSource {
     session: tokio::sync::Mutex<Option<Kept>>,
     /// The session that makes slots and then reads from the log. It has the fence's lock.
     walsender: Mutex<Option<ReplicationClient>>,
+    /// Sessions for the snapshot of the slot that is to be made, being opened.
+    hands: Mutex<Option<AbortOnDropHandle<Result<Hands>>>>,
+    /// As [`Source::identity`] last saw it.
+    server: Mutex<Option<Server>>,
     waiting: Mutex<Option<String>>,
     /// As [`Source::identity`] last saw it: every replication session must be on that server and timeline.
     identity: Mutex<Option<SourceIdentity>>,
@@ -93,6 +99,8 @@ impl PostgresSource {
             pause: StreamingPause::default(),
             session: tokio::sync::Mutex::default(),
             walsender: Mutex::default(),
+            hands: Mutex::default(),
+            server: Mutex::default(),
             waiting: Mutex::default(),
             identity: Mutex::default(),
         }
@@ -137,9 +145,16 @@ impl PostgresSource {
         kept.map(|kept| Borrowed { place, kept }).ok_or_else(|| not_taken("statements"))
     }
 
+    /// A replication session without limits of time, on whatever server.
+    async fn open_walsender(&self) -> Result<ReplicationClient> {
+        let mut client = connect_replication(&self.endpoint, APPLICATION_NAME).await?;
+        client.simple_query(UNLIMITED).await?;
+        Ok(client)
+    }
+
     /// A replication session on the server that was seen last.
     async fn replication(&self) -> Result<ReplicationClient> {
-        let mut client = connect_replication(&self.endpoint, APPLICATION_NAME).await?;
+        let mut client = self.open_walsender().await?;
         let expected = guard(&self.identity).clone();
         if let Some(expected) = expected {
             client.expect_system(&expected).await?;
@@ -151,10 +166,18 @@ impl PostgresSource {
     async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
         let mut client = guard(&self.walsender).take().ok_or_else(|| not_taken("slots"))?;
         let observer = self.session().await?;
+        let opening = guard(&self.hands).take();
+        let hands = async {
+            match opening {
+                Some(opening) => opening.await.map_err(|error| lost_task(&error))?,
+                None => Hands::open(&self.endpoint).await,
+            }
+        };
         let new = NewSlot { name, temporary, limit: self.creation_limit };
-        let created = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting).await?;
+        let create = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting);
+        let (created, hands) = futures::future::try_join(create, hands).await?;
         observer.keep();
-        let snapshot = PostgresSnapshot::import(&self.endpoint, APPLICATION_NAME, created.consistent_point, &created.snapshot_name).await?;
+        let snapshot = PostgresSnapshot::import(hands, &self.endpoint, created.consistent_point, &created.snapshot_name).await?;
         // Any command ends the transaction that the snapshot was exported from.
         if temporary {
             client.drop_slot(name).await?;
@@ -163,6 +186,16 @@ impl PostgresSource {
         }
         *guard(&self.walsender) = Some(client);
         Ok(snapshot)
+    }
+
+    /// Version and role, which the rules need.
+    async fn server(&self, session: &Session) -> Result<Server> {
+        const SERVER: &str = "SELECT current_setting('server_version_num')::int4, current_user::text";
+        if let Some(server) = guard(&self.server).clone() {
+            return Ok(server);
+        }
+        let row = answer(Side::Source, "identify the server", session.query_one(SERVER, &[])).await?;
+        Ok(Server { version: row.get(0), role: row.get(1) })
     }
 
     /// The slot as it is compared with the position once more: the server would silently begin at a later one.
@@ -190,12 +223,25 @@ impl Source for PostgresSource {
     async fn identity(&self) -> Result<SourceIdentity> {
         // The name of a WAL file begins with its timeline; pg_control's may be that of an earlier checkpoint.
         const IDENTITY: &str = "SELECT current_setting('server_version_num')::int4, pg_is_in_recovery(), system_identifier::text,
-            current_database()::text,
+            current_database()::text, current_user::text,
             CASE WHEN NOT pg_is_in_recovery() THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int4::int8 END
             FROM pg_control_system()";
-        let session = self.session().await?;
-        let row = answer(Side::Source, "identify the server", session.query_one(IDENTITY, &[])).await?;
-        session.keep();
+        let kept = guard(&self.walsender).take();
+        let walsender = async {
+            match kept {
+                Some(client) => Some(client),
+                // What needs one will say why there is none.
+                None => self.open_walsender().await.ok(),
+            }
+        };
+        let identify = async {
+            let session = self.session().await?;
+            let row = answer(Side::Source, "identify the server", session.query_one(IDENTITY, &[])).await?;
+            session.keep();
+            Ok::<_, Error>(row)
+        };
+        let (row, walsender) = futures::future::join(identify, walsender).await;
+        let row = row?;
         let (version, is_standby): (i32, bool) = (row.get(0), row.get(1));
         if version < OLDEST_VERSION {
             let message = format!("the source is PostgreSQL {}; 14 is the oldest that can be read", version / 10_000);
@@ -205,14 +251,20 @@ impl Source for PostgresSource {
             // A failover may be on its way.
             return Err(Error::retry(reason::SERVER_UNSUPPORTED, "the source is a standby; name the primary server"));
         }
-        let identity = SourceIdentity { system_identifier: row.get(2), database: row.get(3), timeline: row.get(4) };
+        let identity = SourceIdentity { system_identifier: row.get(2), database: row.get(3), timeline: row.get(5) };
+        *guard(&self.server) = Some(Server { version, role: row.get(4) });
+        if let Some(mut client) = walsender
+            && client.expect_system(&identity).await.is_ok()
+        {
+            *guard(&self.walsender) = Some(client);
+        }
         *guard(&self.identity) = Some(identity.clone());
         Ok(identity)
     }
 
     async fn tables(&self, selection: &Selection) -> Result<Vec<MappedTable>> {
         let session = self.session().await?;
-        let server = server(&session).await?;
+        let server = self.server(&session).await?;
         let tables = catalog::tables(&session, &server, selection).await?;
         session.keep();
         Ok(tables)
@@ -230,10 +282,7 @@ impl Source for PostgresSource {
             let kept = guard(&self.walsender).take();
             match kept {
                 Some(client) => Ok(client),
-                None => {
-                    let mut client = self.replication().await?;
-                    client.simple_query(UNLIMITED).await.map(|_| client)
-                }
+                None => self.replication().await,
             }
         };
         let (mut session, mut client) = futures::future::try_join(self.session(), walsender).await?;
@@ -246,7 +295,7 @@ impl Source for PostgresSource {
 
     async fn publish(&self, tables: &[MappedTable], present: &[QualifiedName]) -> Result<()> {
         let session = self.fenced().await?;
-        let server = server(&session).await?;
+        let server = self.server(&session).await?;
         publication::publish(&session, &server, &self.publication, &self.slot, tables, present).await?;
         session.keep();
         Ok(())
@@ -254,7 +303,7 @@ impl Source for PostgresSource {
 
     async fn published(&self) -> Result<Vec<QualifiedName>> {
         let session = self.session().await?;
-        let server = server(&session).await?;
+        let server = self.server(&session).await?;
         let published = publication::published(&session, &server, &self.publication).await?;
         session.keep();
         Ok(published)
@@ -264,6 +313,13 @@ impl Source for PostgresSource {
         let session = self.session().await?;
         let state = slot::state(&session, &self.slot, &self.endpoint.database).await?;
         session.keep();
+        if state.is_none() {
+            // One will be made soon: what its snapshot begins with is opened meanwhile.
+            guard(&self.hands).get_or_insert_with(|| {
+                let endpoint = self.endpoint.clone();
+                AbortOnDropHandle::new(tokio::spawn(async move { Hands::open(&endpoint).await }))
+            });
+        }
         Ok(state)
     }
 
@@ -364,13 +420,6 @@ fn switch_point(history: &str, timeline: i64) -> Option<Lsn> {
         let left: i64 = words.next()?.parse().ok()?;
         (left == timeline).then(|| words.next()?.parse().ok()).flatten()
     })
-}
-
-/// Version and role, which the rules need.
-async fn server(session: &Session) -> Result<Server> {
-    const SERVER: &str = "SELECT current_setting('server_version_num')::int4, current_user::text";
-    let row = answer(Side::Source, "identify the server", session.query_one(SERVER, &[])).await?;
-    Ok(Server { version: row.get(0), role: row.get(1) })
 }
 
 /// Bounds a statement and gives its failure class and reason. After an error the session must not be used again.

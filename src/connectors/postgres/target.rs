@@ -2,8 +2,8 @@
 
 mod check;
 
-use super::applier::PostgresApplier;
-use super::checkpoint::{Claim, claim};
+use super::applier::{PostgresApplier, Prepared};
+use super::checkpoint::{Claim, claim, schema};
 use super::connect::{Session, Side, connect};
 use super::ddl;
 use super::endpoint::Endpoint;
@@ -20,7 +20,9 @@ use crate::engine::roles::{
 };
 use crate::engine::structure::SequenceValue;
 use crate::engine::table::{Column, MappedTable};
-use std::sync::Arc;
+use futures::StreamExt as _;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio_postgres::error::SqlState;
 
@@ -46,13 +48,31 @@ pub struct PostgresTarget {
     apply_connections: usize,
     pub(super) triggers_accepted: bool,
     loaders: Arc<Loaders>,
+    /// What [`Target::connect`] has opened for the next claim.
+    writers: Arc<Mutex<Option<Writers>>>,
+    /// Sessions that look and that loaders begin with, between two uses.
+    idle: Arc<Mutex<Vec<Session>>>,
+}
+
+/// Sessions for changes, each with its backend's pid, and how they write.
+struct Writers {
+    sessions: Vec<(Session, i32)>,
+    mode: ApplyMode,
 }
 
 impl PostgresTarget {
     /// The database behind `endpoint`, written for `owner`.
     #[must_use]
     pub fn new(endpoint: Endpoint, owner: Owner) -> Self {
-        Self { endpoint, owner, apply_connections: 1, triggers_accepted: false, loaders: Arc::default() }
+        Self {
+            endpoint,
+            owner,
+            apply_connections: 1,
+            triggers_accepted: false,
+            loaders: Arc::default(),
+            writers: Arc::default(),
+            idle: Arc::default(),
+        }
     }
 
     /// The same with another number of connections that changes are applied on; 1 otherwise. More than one are used only
@@ -71,13 +91,36 @@ impl PostgresTarget {
         self
     }
 
+    /// Opens the sessions for changes, and makes schema `_sluice` when it is missing.
+    async fn open_writers(&self) -> Result<Writers> {
+        let opened = futures::future::try_join_all((0..self.apply_connections).map(|_| self.writer_session())).await?;
+        let mode = opened.iter().all(|(.., mode)| *mode == ApplyMode::Replica);
+        let mode = if mode { ApplyMode::Replica } else { ApplyMode::Ordered };
+        // Without replica role changes are written one by one in commit order.
+        let used = if mode == ApplyMode::Replica { self.apply_connections } else { 1 };
+        let sessions: Vec<(Session, i32)> = opened.into_iter().take(used).map(|(session, pid, _)| (session, pid)).collect();
+        schema::ensure(&sessions[0].0).await?;
+        Ok(Writers { sessions, mode })
+    }
+
     /// A session for changes with its backend's pid, and how it writes.
     pub(super) async fn writer_session(&self) -> Result<(Session, i32, ApplyMode)> {
-        let session = self.session("sluice apply").await?;
-        session.batch_execute(&writer_settings(&self.endpoint)).await.map_err(failed("set up the session"))?;
-        let mode = choose_mode(&session).await?;
-        let pid = session.query_one("SELECT pg_backend_pid()", &[]).await.map_err(failed("set up the session"))?.get(0);
-        Ok((session, pid, mode))
+        let session = connect(&self.endpoint, Side::Target, "sluice apply").await?;
+        let settings = writer_settings(&self.endpoint);
+        // Polled together: one round trip for all.
+        let (unlimited, set, mode, pid, writable) = futures::future::join5(
+            session.query(UNLIMITED, &[]),
+            session.batch_execute(&settings),
+            choose_mode(&session),
+            session.query_one("SELECT pg_backend_pid()", &[]),
+            check_writable(&session),
+        )
+        .await;
+        writable?;
+        unlimited.map_err(failed("set up the session"))?;
+        set.map_err(failed("set up the session"))?;
+        let pid = pid.map_err(failed("set up the session"))?.get(0);
+        Ok((session, pid, mode?))
     }
 
     pub(super) async fn session(&self, application_name: &str) -> Result<Session> {
@@ -86,23 +129,51 @@ impl PostgresTarget {
             .await?;
         Ok(session)
     }
+
+    /// A session that has nothing open. After success it is given back with [`Self::give_back`].
+    async fn idle_session(&self) -> Result<Session> {
+        loop {
+            let idle = guard(&self.idle).pop();
+            match idle {
+                Some(session) if session.is_closed() => {}
+                Some(session) => return Ok(session),
+                None => return self.session("sluice check").await,
+            }
+        }
+    }
+
+    fn give_back(&self, session: Session) {
+        guard(&self.idle).push(session);
+    }
 }
 
 impl Target for PostgresTarget {
     type Position = Lsn;
     type Applier = PostgresApplier;
 
+    async fn connect(&self) -> Result<()> {
+        let opening = futures::future::try_join(self.open_writers(), self.idle_session());
+        let (writers, idle) = within(CLAIM_LIMIT, "open sessions on the target", opening).await?;
+        *guard(&self.writers) = Some(writers);
+        self.give_back(idle);
+        Ok(())
+    }
+
     async fn check(&self, source: &SourceIdentity, tables: &[MappedTable], fed: &[Fed]) -> Result<Vec<String>> {
-        let session = self.session("sluice check").await?;
+        let session = self.idle_session().await?;
         let checked = within(CHECK_LIMIT, "check the target", async {
-            check_writable(&session).await?;
-            let mode = choose_mode(&session).await?;
+            let (writable, mode) = futures::future::join(check_writable(&session), choose_mode(&session)).await;
+            writable?;
             let mapping = check::Mapping { source, tables, fed };
-            check::check(&session, &self.endpoint, &self.owner, &mapping, mode, self.triggers_accepted).await
+            check::check(&session, &self.endpoint, &self.owner, &mapping, mode?, self.triggers_accepted).await
         })
         .await?;
-        for table in checked.missing {
+        for table in &checked.missing {
             within(CHECK_LIMIT, "rehearse the making of a table", ddl::structure::rehearse(&session, table)).await?;
+        }
+        if !checked.missing.is_empty() {
+            // They are copied next.
+            self.give_back(session);
         }
         Ok(checked.notes)
     }
@@ -110,25 +181,28 @@ impl Target for PostgresTarget {
     async fn claim(&self, key: &StreamKey, owner: &Owner, held: Option<i64>) -> Result<(Claimed<Lsn>, PostgresApplier)> {
         self.loaders.clear();
         within(CLAIM_LIMIT, "claim the stream", async {
-            let (first, pid, mode) = self.writer_session().await?;
-            check_writable(&first).await?;
-            let mut sessions = vec![(first, pid)];
-            while sessions.len() < self.apply_connections && mode == ApplyMode::Replica {
-                let (next, pid, _) = self.writer_session().await?;
-                sessions.push((next, pid));
-            }
+            let opened = guard(&self.writers).take();
+            let Writers { sessions, mode } = match opened {
+                Some(writers) => writers,
+                None => self.open_writers().await?,
+            };
             let pids: Vec<i32> = sessions.iter().map(|(_, pid)| *pid).collect();
-            let claimed = claim::claim(&sessions[0].0, &pids, key, owner, held).await?;
+            let lanes = futures::future::try_join_all(sessions.iter().map(|(session, _)| Prepared::on(session)));
+            let claim = claim::Claiming { client: &sessions[0].0, pids: &pids, key, owner, held };
+            let (claimed, prepared) = futures::future::join(claim.run(), lanes).await;
+            let (claimed, prepared) = (claimed?, prepared?);
             let position = claimed.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
-            let applier = PostgresApplier::new(self, sessions, claimed.claim.clone(), mode, position).await?;
+            let sessions = sessions.into_iter().zip(prepared).map(|((session, pid), prepared)| (session, pid, prepared));
+            let applier = PostgresApplier::new(self, sessions.collect(), claimed.claim.clone(), mode, position);
             Ok((claimed, applier))
         })
         .await
     }
 
     async fn bulk_format(&self, table: &MappedTable) -> Result<BulkFormat> {
-        let session = self.session("sluice check").await?;
+        let session = self.idle_session().await?;
         let present = within(CHECK_LIMIT, "read the target table", ddl::describe(&session, &table.target)).await?;
+        self.give_back(session);
         Ok(match present {
             Some(present) if binary_fits(table, &present) => BulkFormat::PostgresBinary,
             _ => BulkFormat::PostgresText,
@@ -144,17 +218,28 @@ impl Target for PostgresTarget {
         format: BulkFormat,
         rows: BulkStream,
     ) -> Result<u64> {
-        let loader = match self.loaders.take() {
-            Some(loader) => loader,
-            None => Loader::new(self.session("").await?, claim).await?,
+        let mut rows = rows.peekable();
+        let loader = async {
+            let loader = match self.loaders.take() {
+                Some(loader) => loader,
+                None => Loader::new(self.idle_session().await?, claim).await?,
+            };
+            loader.begin(claim).await.map(|()| loader)
         };
-        let loaded = loader.load(claim, table, generation, range, format, rows).await?;
+        // The source begins to send meanwhile; a failure there comes with the rows.
+        let sending = async {
+            Pin::new(&mut rows).peek().await;
+            Ok(())
+        };
+        let (loader, ()) = futures::future::try_join(loader, sending).await?;
+        let loaded = loader.load(claim, table, generation, range, format, Box::pin(rows)).await?;
         self.loaders.give_back(loader);
         Ok(loaded)
     }
 
     async fn finish(&self, claim: &Claim, table: &MappedTable, values: &[SequenceValue], builders: Builders, tell: Tell<'_>) -> Result<()> {
         self.loaders.clear();
+        guard(&self.idle).clear();
         finish::finish(&finish::Finishing { target: self, claim, table, builders, tell }, values).await
     }
 
@@ -174,6 +259,11 @@ fn binary_fits(table: &MappedTable, present: &ddl::TargetTable) -> bool {
 fn writer_settings(endpoint: &Endpoint) -> String {
     let chosen = endpoint.parameters.keys().any(|name| name.eq_ignore_ascii_case(SYNCHRONOUS_COMMIT));
     if chosen { WRITER_SETTINGS.to_owned() } else { format!("{WRITER_SETTINGS}; SET {SYNCHRONOUS_COMMIT} = off") }
+}
+
+/// What a panicking holder leaves is whole: each value is set in one step.
+fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn check_writable(session: &Session) -> Result<()> {

@@ -10,7 +10,7 @@ use super::super::checkpoint::Claim;
 use super::super::connect::Session;
 use super::super::load;
 use super::super::target::{PostgresTarget, within};
-use super::lane::{Job, Lane, Outcome};
+use super::lane::{Job, Lane, Outcome, Prepared};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::lost_task;
 use crate::engine::roles::{Applied, ApplyMode};
@@ -118,7 +118,8 @@ impl EarlyLane {
         if mode != ApplyMode::Replica {
             return Err(Error::retry(reason::WRITE_REFUSED, "the target's role has lost the right to replica role"));
         }
-        let mut lane = Lane::new(session, pid).await?;
+        let prepared = Prepared::on(&session).await?;
+        let mut lane = Lane::new(session, pid, prepared);
         lane.is_early = true;
         Ok(lane)
     }

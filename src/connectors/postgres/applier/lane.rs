@@ -129,15 +129,29 @@ pub(super) struct Lane {
     uncommitted_rows: i64,
 }
 
+/// Statements of a session that are prepared once, since each writing transaction ends with them.
+pub(in super::super) struct Prepared {
+    move_position: Statement,
+    log_positions: Statement,
+}
+
+impl Prepared {
+    /// Prepares them in one round trip.
+    pub async fn on(session: &Session) -> Result<Self> {
+        let log_positions = async {
+            let prepared = session.prepare("SELECT pg_current_wal_insert_lsn(), pg_current_wal_flush_lsn()").await;
+            prepared.map_err(failed("prepare to read the target's log position"))
+        };
+        let (move_position, log_positions) = futures::future::try_join(checkpoint::prepare_move(session), log_positions).await?;
+        Ok(Self { move_position, log_positions })
+    }
+}
+
 impl Lane {
     /// On a session that is claimed and set up.
-    pub async fn new(session: Session, pid: i32) -> Result<Self> {
-        let move_position = checkpoint::prepare_move(&session).await?;
-        let log_positions = session
-            .prepare("SELECT pg_current_wal_insert_lsn(), pg_current_wal_flush_lsn()")
-            .await
-            .map_err(failed("prepare to read the target's log position"))?;
-        Ok(Self {
+    pub fn new(session: Session, pid: i32, prepared: Prepared) -> Self {
+        let Prepared { move_position, log_positions } = prepared;
+        Self {
             session: Arc::new(session),
             pid,
             statements: Statements::default(),
@@ -146,7 +160,7 @@ impl Lane {
             in_transaction: false,
             is_early: false,
             uncommitted_rows: 0,
-        })
+        }
     }
 
     /// Writes a part; gives the lane back with the outcome. After a failure nothing more is written on it.
@@ -245,7 +259,7 @@ impl Lane {
     /// Commits and reads the log's positions in one round trip.
     async fn commit(&mut self, position: Lsn) -> Result<Committed> {
         let commit = self.session.batch_execute("COMMIT");
-        let look = self.session.query_one(&self.log_positions, &[]);
+        let look = self.session.prepared().query_one(&self.log_positions, &[]);
         let (committed, looked) = futures::future::join(commit, look).await;
         committed.map_err(failed("commit changes"))?;
         self.in_transaction = false;

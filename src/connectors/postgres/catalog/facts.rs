@@ -1,12 +1,11 @@
-//! What the catalog says of relations: four statements, whatever their number.
+//! What the catalog says of relations: four statements in two round trips, whatever their number.
 
-use crate::connectors::postgres::connect::{Session, Side};
+use crate::connectors::postgres::connect::{Parameters, Session, Side};
 use crate::connectors::postgres::source::answer;
 use crate::engine::error::Result;
 use crate::engine::table::{Column, QualifiedName};
 use std::collections::{HashMap, HashSet};
 use tokio_postgres::Row;
-use tokio_postgres::types::ToSql;
 
 /// Rows of one block when nothing is known of a table: what rows of about 130 bytes make.
 const ROWS_PER_BLOCK: f64 = 60.0;
@@ -119,20 +118,56 @@ pub async fn partitioned(session: &Session) -> Result<HashSet<u32>> {
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// Reads relations, in order of their names. Those that do not exist are left out.
-pub async fn read(session: &Session, filter: Filter<'_>) -> Result<Vec<Relation>> {
-    let relations = relations(session, filter).await?;
-    let ids: Vec<u32> = relations.iter().map(|row| row.get("id")).collect();
-    let leaves = leaves(session, &ids).await?;
-    let with_leaves: Vec<u32> = ids.iter().copied().chain(leaves.iter().map(|row| row.get("id"))).collect();
-    let indexes = grouped(query(session, "read keys", INDEXES, &[&with_leaves]).await?);
-    let mut columns = grouped(query(session, "read columns", COLUMNS, &[&ids]).await?);
+/// Relations that were found, in order of their names.
+pub struct Found {
+    rows: Vec<Row>,
+    /// Their OIDs.
+    pub ids: Vec<u32>,
+}
+
+/// Looks for relations. Those that do not exist are left out.
+pub async fn find(session: &Session, filter: Filter<'_>) -> Result<Found> {
+    let rows = relations(session, filter).await?;
+    let ids = rows.iter().map(|row| row.get("id")).collect();
+    Ok(Found { rows, ids })
+}
+
+/// What is not in the rows of [`Found`].
+pub struct Details {
+    leaves: Vec<Row>,
+    indexes: Vec<Row>,
+    columns: Vec<Row>,
+}
+
+impl Details {
+    /// Reads them in one round trip.
+    pub async fn read(session: &Session, ids: &[u32]) -> Result<Self> {
+        let (leaves, indexes, columns) = futures::future::try_join3(
+            leaves(session, ids),
+            query(session, "read keys", INDEXES, &[&ids]),
+            query(session, "read columns", COLUMNS, &[&ids]),
+        )
+        .await?;
+        Ok(Self { leaves, indexes, columns })
+    }
+}
+
+/// Reads relations of which the OIDs are known in one round trip. Those that do not exist are left out.
+pub async fn read(session: &Session, ids: &[u32]) -> Result<Vec<Relation>> {
+    let (found, details) = futures::future::try_join(find(session, Filter::Ids(ids)), Details::read(session, ids)).await?;
+    Ok(relations_of(found, details))
+}
+
+/// Puts together what was read.
+pub fn relations_of(found: Found, details: Details) -> Vec<Relation> {
+    let Details { leaves, indexes, columns } = details;
+    let (indexes, mut columns) = (grouped(indexes), grouped(columns));
     let mut leaves_of: HashMap<u32, Vec<Row>> = HashMap::new();
     for leaf in leaves {
         leaves_of.entry(leaf.get("root")).or_default().push(leaf);
     }
-    let mut read = Vec::with_capacity(relations.len());
-    for row in relations {
+    let mut read = Vec::with_capacity(found.rows.len());
+    for row in found.rows {
         let id = row.get("id");
         let leaf_rows = leaves_of.remove(&id).unwrap_or_default();
         let keys = indexes.get(&id).map(Vec::as_slice).unwrap_or_default();
@@ -153,7 +188,7 @@ pub async fn read(session: &Session, filter: Filter<'_>) -> Result<Vec<Relation>
             row_security: row.get("row_security"),
         });
     }
-    Ok(read)
+    read
 }
 
 /// Columns that relations and leaves have in common. The size comes from the file: statistics may be old, and a plan made from
@@ -193,8 +228,8 @@ async fn leaves(session: &Session, roots: &[u32]) -> Result<Vec<Row>> {
     query(session, "read partitions", &statement, &[&roots]).await
 }
 
-/// The server takes an index as identity only when it is valid, unique, not deferrable and not partial
-/// (`RelationGetIndexList` in its source).
+/// Indexes of the relations and of the partitions that hold their rows. The server takes an index as identity only when it is
+/// valid, unique, not deferrable and not partial (`RelationGetIndexList` in its source).
 const INDEXES: &str =
     "SELECT i.indrelid AS id, i.indisprimary AS is_primary, i.indisreplident AS is_identity, con.conname::text AS constraint_name,
     NOT i.indimmediate AS deferrable, i.indisvalid AND i.indisunique AND i.indimmediate AND i.indpred IS NULL AS usable,
@@ -202,7 +237,8 @@ const INDEXES: &str =
           JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
           WHERE k.place <= i.indnkeyatts ORDER BY k.place) AS columns
     FROM pg_index i LEFT JOIN pg_constraint con ON con.conindid = i.indexrelid AND con.contype = 'p'
-    WHERE i.indrelid = ANY($1) AND (i.indisprimary OR i.indisreplident)";
+    WHERE (i.indisprimary OR i.indisreplident) AND i.indrelid IN (SELECT unnest($1) UNION SELECT t.relid::oid
+        FROM pg_class r CROSS JOIN LATERAL pg_partition_tree(r.oid) t WHERE r.oid = ANY($1) AND r.relkind = 'p' AND t.isleaf)";
 
 /// `format_type` qualifies types by the session's search_path, which is pg_catalog alone. What a generated column uses is kept
 /// as a dependency of the column (14) or of its expression (later).
@@ -221,7 +257,7 @@ const COLUMNS: &str = "SELECT a.attrelid AS id, a.attname::text AS name, a.attty
     LEFT JOIN pg_namespace cn ON cn.oid = co.collnamespace
     WHERE a.attrelid = ANY($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum";
 
-pub(super) async fn query(session: &Session, what: &str, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+pub(super) async fn query(session: &Session, what: &str, statement: &str, parameters: Parameters<'_>) -> Result<Vec<Row>> {
     answer(Side::Source, what, session.query(statement, parameters)).await
 }
 

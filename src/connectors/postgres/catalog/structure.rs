@@ -18,34 +18,61 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tokio_postgres::Row;
 
-/// Reads the structure of tables, without whatever uses a column that is left out.
-pub async fn read(session: &Session, tables: &mut [MappedTable]) -> Result<()> {
-    let ids: Vec<u32> = tables.iter().map(|table| table.version.id).collect();
-    let mut structures: HashMap<u32, Reading> = tables.iter().map(|table| (table.version.id, Reading::new(table))).collect();
-    let mut each = async |what: &str, sql: &str, take: fn(&mut Reading, &Row) -> Result<()>| {
-        for row in query(session, what, sql, &[&ids]).await? {
-            if let Some(reading) = structures.get_mut(&row.get::<_, u32>("id")) {
-                take(reading, &row)?;
+/// Takes a row of the catalog in.
+type Take = fn(&mut Reading, &Row) -> Result<()>;
+
+/// What the catalog says of relations besides [`super::facts`].
+pub struct Structures {
+    /// The rows of each statement, with what takes them in.
+    rows: [(Vec<Row>, Take); 5],
+    needs: Vec<(u32, UsedBy, Need)>,
+}
+
+impl Structures {
+    /// Reads everything in one round trip.
+    pub async fn read(session: &Session, ids: &[u32]) -> Result<Self> {
+        let read = |what, sql| async move { query(session, what, sql, &[&ids]).await };
+        let ((tables, columns, sequences), (indexes, constraints, needs)) = futures::future::try_join(
+            futures::future::try_join3(
+                read("read storage parameters", TABLES),
+                read("read storage of columns", COLUMNS),
+                read("read sequences", SEQUENCES),
+            ),
+            futures::future::try_join3(read("read indexes", INDEXES), read("read constraints", CONSTRAINTS), needs::read(session, ids)),
+        )
+        .await?;
+        let rows = [
+            (tables, Reading::table as Take),
+            (columns, Reading::column),
+            (sequences, Reading::sequence),
+            (indexes, Reading::index),
+            (constraints, Reading::constraint),
+        ];
+        Ok(Self { rows, needs })
+    }
+
+    /// Gives tables their structure, without whatever uses a column that is left out.
+    pub fn fill(self, tables: &mut [MappedTable]) -> Result<()> {
+        let mut structures: HashMap<u32, Reading> = tables.iter().map(|table| (table.version.id, Reading::new(table))).collect();
+        for (rows, take) in &self.rows {
+            for row in rows {
+                if let Some(reading) = structures.get_mut(&row.get::<_, u32>("id")) {
+                    take(reading, row)?;
+                }
             }
         }
-        Ok::<_, Error>(())
-    };
-    each("read storage parameters", TABLES, Reading::table).await?;
-    each("read storage of columns", COLUMNS, Reading::column).await?;
-    each("read sequences", SEQUENCES, Reading::sequence).await?;
-    each("read indexes", INDEXES, Reading::index).await?;
-    each("read constraints", CONSTRAINTS, Reading::constraint).await?;
-    for (id, used_by, need) in needs::read(session, &ids).await? {
-        if let Some(reading) = structures.get_mut(&id) {
-            reading.need(used_by, need);
+        for (id, used_by, need) in self.needs {
+            if let Some(reading) = structures.get_mut(&id) {
+                reading.need(used_by, need);
+            }
         }
-    }
-    for table in tables {
-        if let Some(reading) = structures.remove(&table.version.id) {
-            table.structure = Arc::new(reading.structure);
+        for table in tables {
+            if let Some(reading) = structures.remove(&table.version.id) {
+                table.structure = Arc::new(reading.structure);
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Reads how far the sequences of a table are.

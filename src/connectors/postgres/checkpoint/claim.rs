@@ -1,14 +1,16 @@
 //! Claims a stream.
 
+use super::super::connect::{Parameter, Session};
 use super::super::lsn::Lsn;
 use super::super::target::failed;
 use super::{Claim, fenced, parse_state};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{Checkpoint, Claimed, Owner, StreamKey, TableCheckpoint};
 use crate::engine::table::QualifiedName;
+use futures::future::{join3, join5};
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
-use tokio_postgres::{Client, Row};
+use tokio_postgres::Row;
 
 /// How often another claimer may come between before this one gives way for a while.
 const TRIES: usize = 5;
@@ -63,41 +65,106 @@ pub(in super::super) fn loader_name(key: &StreamKey) -> String {
     format!("sluice load {hash}")
 }
 
-/// Ends the old claim's backends, then raises the epoch and reads the checkpoint in one transaction, which is durable
-/// when this returns (and with it all that it has read, since the log is flushed in order). `pids` are the backends that
-/// will write under it, this session's among them: the next claim ends them all.
-pub(in super::super) async fn claim(
-    client: &Client,
-    pids: &[i32],
-    key: &StreamKey,
-    owner: &Owner,
-    held: Option<i64>,
-) -> Result<Claimed<Lsn>> {
-    super::schema::ensure(client).await?;
-    for _ in 0..TRIES {
-        let seen = read_stream(client, key).await?;
-        if let Some(seen) = &seen {
-            // Before anything is ended: nobody ends another Mirror's backends, nor its successor's.
-            seen.may_be_claimed(key, owner, held)?;
-            end_backends(client, key).await;
-        }
-        let seen_epoch = seen.map_or(0, |seen| seen.epoch);
-        if let Some(claimed) = raise_epoch(client, pids, key, owner, held, seen_epoch).await? {
-            return Ok(claimed);
-        }
-    }
-    Err(Error::retry(reason::FENCED, format!("other workers claim slot {} again and again", key.slot)))
+/// A claim that is being made.
+pub(in super::super) struct Claiming<'a> {
+    pub client: &'a Session,
+    /// Backends that will write under it, `client`'s among them: the next claim ends them all.
+    pub pids: &'a [i32],
+    pub key: &'a StreamKey,
+    pub owner: &'a Owner,
+    /// Epoch of an earlier claim of this very process.
+    pub held: Option<i64>,
 }
 
-async fn read_stream(client: &Client, key: &StreamKey) -> Result<Option<StreamRow>> {
-    let sql = format!("SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3", StreamRow::COLUMNS);
-    let row = client.query_opt(&sql, &[&key.system_identifier, &key.database, &key.slot]).await.map_err(failed("read the checkpoint"))?;
-    Ok(row.as_ref().map(StreamRow::read))
+impl Claiming<'_> {
+    /// Ends the old claim's backends, then raises the epoch and reads the checkpoint in one transaction, which is durable
+    /// when this returns (and with it all that it has read, since the log is flushed in order).
+    pub async fn run(&self) -> Result<Claimed<Lsn>> {
+        // A new stream has nobody to end.
+        let mut seen: Option<StreamRow> = None;
+        for _ in 0..=TRIES {
+            if let Some(seen) = &seen {
+                // Before anything is ended: nobody ends another Mirror's backends, nor its successor's.
+                seen.may_be_claimed(self.key, self.owner, self.held)?;
+                end_backends(self.client, self.key).await;
+            }
+            match self.raise_epoch(seen.as_ref()).await? {
+                Raised::Claimed(claimed) => return Ok(claimed),
+                Raised::Found(found) => seen = found,
+            }
+        }
+        Err(Error::retry(reason::FENCED, format!("other workers claim slot {} again and again", self.key.slot)))
+    }
+
+    /// Raises the epoch if the stream is as it was seen; a stream that was not seen must be new. One round trip.
+    async fn raise_epoch(&self, seen: Option<&StreamRow>) -> Result<Raised> {
+        const STREAM: &str = "system_identifier = $1 AND database = $2 AND slot = $3";
+        const AS_SEEN: &str = "epoch = $4 AND mirror_namespace = $5 AND mirror_name = $6";
+        let &Self { client, pids, key, owner, .. } = self;
+        let find = format!("SELECT {} FROM _sluice.streams WHERE {STREAM}", StreamRow::COLUMNS);
+        // `FOR UPDATE`, since an update of the epoch alone would not wait for a proof. A row that is not as it was seen is not
+        // locked: somebody may hold it for long.
+        let lock = format!("{find} AND {AS_SEEN} FOR UPDATE");
+        let raise = format!(
+            "UPDATE _sluice.streams SET epoch = epoch + 1, mirror_uid = $7, updated_at = now(), claim =
+               (SELECT jsonb_agg(jsonb_build_object('pid', pid, 'backend_start', backend_start))
+                FROM pg_stat_activity WHERE pid = ANY ($8))
+             WHERE {STREAM} AND {AS_SEEN}"
+        );
+        let seen_epoch = seen.map_or(0, |seen| seen.epoch);
+        let values: [&(dyn Parameter + Sync); 8] =
+            [&key.system_identifier, &key.database, &key.slot, &seen_epoch, &owner.namespace, &owner.name, &owner.uid, &pids];
+        // Sent together. When a piece fails, those behind it fail too, and COMMIT rolls back. Should BEGIN itself fail, a claim
+        // may have been made that nobody has: it fences, and writes nothing.
+        let (begun, found, made, locked, (raised, tables, ended)) = join5(
+            client.batch_execute(
+                "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'",
+            ),
+            client.query_opt(&find, &values[..3]),
+            client.execute(
+                "INSERT INTO _sluice.streams (system_identifier, database, slot, mirror_namespace, mirror_name, mirror_uid)
+                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+                &[&key.system_identifier, &key.database, &key.slot, &owner.namespace, &owner.name, &owner.uid],
+            ),
+            client.query_opt(&lock, &values[..6]),
+            join3(client.execute(&raise, &values), read_tables(client, key), client.batch_execute("COMMIT")),
+        )
+        .await;
+        begun.map_err(failed("begin the claim"))?;
+        let found = found.map_err(failed("read the checkpoint"))?;
+        made.map_err(failed("claim the stream"))?;
+        let locked = locked.map_err(failed("claim the stream"))?;
+        raised.map_err(failed("claim the stream"))?;
+        let tables = tables?;
+        ended.map_err(failed("end the claim"))?;
+        let Some(stream) = locked.as_ref().map(StreamRow::read) else {
+            return Ok(Raised::Found(found.as_ref().map(StreamRow::read)));
+        };
+        let checkpoint = match &stream.position {
+            None => None,
+            Some(position) => Some(Checkpoint {
+                position: parse_position(position)?,
+                timeline: stream.timeline,
+                owner: stream.owner,
+                rows_streamed: stream.rows_streamed.unsigned_abs(),
+                tables,
+            }),
+        };
+        let claim = Claim { key: key.clone(), epoch: stream.epoch + 1 };
+        Ok(Raised::Claimed(Claimed { claim, checkpoint, log_intended: stream.log_intended }))
+    }
+}
+
+/// What a try to raise the epoch has come to.
+enum Raised {
+    Claimed(Claimed<Lsn>),
+    /// The stream was not as it was seen; as it was before, if it was there.
+    Found(Option<StreamRow>),
 }
 
 /// Ends the backends of the claim and of its range copies, and waits until they are gone (each at most 5 s). Without the
 /// right to do so (another role's, no `pg_signal_backend`) the epoch alone fences them.
-async fn end_backends(client: &Client, key: &StreamKey) {
+async fn end_backends(client: &Session, key: &StreamKey) {
     let result = client
         .execute(
             "SELECT pg_terminate_backend(old.pid, 5000) FROM pg_stat_activity AS old
@@ -114,79 +181,7 @@ async fn end_backends(client: &Client, key: &StreamKey) {
     }
 }
 
-/// `None` when somebody else has claimed since `seen_epoch` was read.
-async fn raise_epoch(
-    client: &Client,
-    pids: &[i32],
-    key: &StreamKey,
-    owner: &Owner,
-    held: Option<i64>,
-    seen_epoch: i64,
-) -> Result<Option<Claimed<Lsn>>> {
-    client
-        .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'")
-        .await
-        .map_err(failed("begin the claim"))?;
-    let result = raise_epoch_inside(client, pids, key, owner, held, seen_epoch).await;
-    let end = if matches!(result, Ok(Some(_))) { "COMMIT" } else { "ROLLBACK" };
-    let ended = client.batch_execute(end).await.map_err(failed("end the claim"));
-    let claimed = result?;
-    ended?;
-    Ok(claimed)
-}
-
-async fn raise_epoch_inside(
-    client: &Client,
-    pids: &[i32],
-    key: &StreamKey,
-    owner: &Owner,
-    held: Option<i64>,
-    seen_epoch: i64,
-) -> Result<Option<Claimed<Lsn>>> {
-    client
-        .execute(
-            "INSERT INTO _sluice.streams (system_identifier, database, slot, mirror_namespace, mirror_name, mirror_uid)
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
-            &[&key.system_identifier, &key.database, &key.slot, &owner.namespace, &owner.name, &owner.uid],
-        )
-        .await
-        .map_err(failed("claim the stream"))?;
-    let sql = format!(
-        "SELECT {} FROM _sluice.streams WHERE system_identifier = $1 AND database = $2 AND slot = $3 FOR UPDATE",
-        StreamRow::COLUMNS
-    );
-    let row = client.query_one(&sql, &[&key.system_identifier, &key.database, &key.slot]).await.map_err(failed("claim the stream"))?;
-    let stream = StreamRow::read(&row);
-    stream.may_be_claimed(key, owner, held)?;
-    if stream.epoch != seen_epoch {
-        return Ok(None);
-    }
-    let row = client
-        .query_one(
-            "UPDATE _sluice.streams SET epoch = epoch + 1, mirror_uid = $4, updated_at = now(), claim =
-               (SELECT jsonb_agg(jsonb_build_object('pid', pid, 'backend_start', backend_start))
-                FROM pg_stat_activity WHERE pid = ANY ($5))
-             WHERE system_identifier = $1 AND database = $2 AND slot = $3 RETURNING epoch",
-            &[&key.system_identifier, &key.database, &key.slot, &owner.uid, &pids],
-        )
-        .await
-        .map_err(failed("claim the stream"))?;
-    let epoch = row.get(0);
-    let checkpoint = match &stream.position {
-        None => None,
-        Some(position) => Some(Checkpoint {
-            position: parse_position(position)?,
-            timeline: stream.timeline,
-            owner: stream.owner,
-            rows_streamed: stream.rows_streamed.unsigned_abs(),
-            tables: read_tables(client, key).await?,
-        }),
-    };
-    let claim = Claim { key: key.clone(), epoch };
-    Ok(Some(Claimed { claim, checkpoint, log_intended: stream.log_intended }))
-}
-
-async fn read_tables(client: &Client, key: &StreamKey) -> Result<HashMap<QualifiedName, TableCheckpoint<Lsn>>> {
+async fn read_tables(client: &Session, key: &StreamKey) -> Result<HashMap<QualifiedName, TableCheckpoint<Lsn>>> {
     let rows = client
         .query(
             "SELECT source_schema, source_table, target_schema, target_table, state, generation, position, rows_copied, columns

@@ -1,8 +1,8 @@
 //! Makes schema `_sluice` on a target.
 
+use super::super::connect::Session;
 use super::super::target::failed;
 use crate::engine::error::{Error, Result, reason};
-use tokio_postgres::Client;
 
 /// Version of the schema that this build makes and understands.
 const VERSION: i32 = 1;
@@ -69,41 +69,41 @@ const ADDITIONS: &str = "ALTER TABLE _sluice.tables ADD COLUMN IF NOT EXISTS mad
 ///
 /// # Errors
 /// `ServerUnsupported` when a newer build has made it.
-pub(in super::super) async fn ensure(client: &Client) -> Result<()> {
-    if let Some(version) = version(client).await? {
+pub(in super::super) async fn ensure(client: &Session) -> Result<()> {
+    if is_there(client).await? {
+        let (version, is_whole) = futures::future::try_join(version(client), is_whole(client)).await?;
         check(version)?;
-        return add_missing(client).await;
+        if !is_whole {
+            client.batch_execute(ADDITIONS).await.map_err(failed("add to schema _sluice"))?;
+        }
+        return Ok(());
     }
     let sql = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATION_LOCK}); {CREATE} COMMIT;");
-    if let Err(error) = client.batch_execute(&sql).await {
+    let (created, version) = futures::future::join(client.batch_execute(&sql), version(client)).await;
+    if let Err(error) = created {
         let _ = client.batch_execute("ROLLBACK").await;
         return Err(failed("create schema _sluice on the target (needs CREATE on the database)")(error));
     }
-    match version(client).await? {
-        Some(version) => check(version),
-        None => Err(Error::bug("schema _sluice has no version after its creation")),
-    }
+    check(version?)
 }
 
-async fn add_missing(client: &Client) -> Result<()> {
+/// Whether it has what has come since.
+async fn is_whole(client: &Session) -> Result<bool> {
     let sql = "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = '_sluice.tables'::regclass AND attname = 'made')";
-    let row = client.query_one(sql, &[]).await.map_err(failed("look at schema _sluice"))?;
-    if row.get(0) {
-        return Ok(());
-    }
-    client.batch_execute(ADDITIONS).await.map_err(failed("add to schema _sluice"))
+    Ok(client.query_one(sql, &[]).await.map_err(failed("look at schema _sluice"))?.get(0))
 }
 
 /// Whether the schema is there.
-pub(in super::super) async fn version(client: &Client) -> Result<Option<i32>> {
-    let there =
-        client.query_one("SELECT to_regclass('_sluice.version') IS NOT NULL", &[]).await.map_err(failed("look for schema _sluice"))?;
-    if !there.get::<_, bool>(0) {
-        return Ok(None);
-    }
-    let row =
-        client.query_opt("SELECT max(version) FROM _sluice.version", &[]).await.map_err(failed("read the version of schema _sluice"))?;
-    Ok(row.and_then(|row| row.get(0)))
+pub(in super::super) async fn is_there(client: &Session) -> Result<bool> {
+    let there = client.query_one("SELECT to_regclass('_sluice.version') IS NOT NULL", &[]).await;
+    Ok(there.map_err(failed("look for schema _sluice"))?.get(0))
+}
+
+/// The version of the schema, which is there.
+async fn version(client: &Session) -> Result<i32> {
+    let version = client.query_one("SELECT max(version) FROM _sluice.version", &[]).await;
+    let version = version.map_err(failed("read the version of schema _sluice"))?;
+    version.get::<_, Option<i32>>(0).ok_or_else(|| Error::bug("schema _sluice has no version"))
 }
 
 fn check(version: i32) -> Result<()> {

@@ -4,6 +4,7 @@
 //! outlives it.
 
 mod blocking;
+mod statement;
 mod tls;
 mod transport;
 
@@ -11,6 +12,7 @@ use super::endpoint::Endpoint;
 use super::{errors, session};
 use crate::engine::error::{Error, Result};
 pub use blocking::BlockingTransport;
+pub use statement::{Parameter, Parameters, in_order};
 use std::future::Future;
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;

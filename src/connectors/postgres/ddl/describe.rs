@@ -1,10 +1,11 @@
 //! What a target table is: columns, unique indexes, foreign keys, triggers.
 
+use super::super::connect::Session;
 use super::super::sql::quote_ident;
 use super::super::target::failed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::QualifiedName;
-use tokio_postgres::{Client, Row};
+use tokio_postgres::Row;
 
 /// How two values of a type are found equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,56 +155,61 @@ fn equality(base: &QualifiedName, kind: &str, deterministic: bool) -> Equality {
     }
 }
 
-/// A table, by the parameter `$1`, and all its partitions: what only a partition has restricts and fires too.
-const PARTITIONS: &str = "(SELECT $1::oid UNION SELECT relid::oid FROM pg_partition_tree($1::oid::regclass))";
+/// The table that the parameters name.
+const TABLE: &str = "(SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2)";
+
+/// It and all its partitions: what only a partition has restricts and fires too.
+fn partitions() -> String {
+    format!("(SELECT {TABLE} UNION SELECT relid::oid FROM pg_partition_tree({TABLE}::regclass))")
+}
 
 /// Reads what a table is; `None` when there is none of that name.
 ///
 /// # Errors
 /// `TargetTableIncompatible` when the name stands for something that is no table.
-pub(in super::super) async fn describe(client: &Client, name: &QualifiedName) -> Result<Option<TargetTable>> {
-    let found = client
-        .query_opt(
-            "SELECT c.oid, c.relkind::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = $1 AND c.relname = $2",
-            &[&name.schema, &name.name],
-        )
-        .await
-        .map_err(failed("look for the target table"))?;
+pub(in super::super) async fn describe(client: &Session, name: &QualifiedName) -> Result<Option<TargetTable>> {
+    let found = async {
+        let found = client
+            .query_opt(
+                "SELECT c.relkind::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2",
+                &[&name.schema, &name.name],
+            )
+            .await;
+        found.map_err(failed("look for the target table"))
+    };
+    // Polled together: one round trip for all.
+    let (found, columns, unique, (triggers, always_triggers), foreign_keys) = futures::future::try_join5(
+        found,
+        columns(client, name),
+        unique_indexes(client, name),
+        triggers(client, name),
+        foreign_keys(client, name),
+    )
+    .await?;
     let Some(row) = found else { return Ok(None) };
-    let (oid, kind): (u32, &str) = (row.get(0), row.get(1));
+    let kind: &str = row.get(0);
     if !matches!(kind, "r" | "p") {
         return Err(Error::stop(
             reason::TARGET_TABLE_INCOMPATIBLE,
             format!("{name} on the target is not a table; rename it, or map to another name"),
         ));
     }
-    let unique = unique_indexes(client, oid).await?;
-    let (triggers, always_triggers) = triggers(client, oid).await?;
-    let foreign_keys = format!(
-        "SELECT conname, bool_or(confrelid IN {PARTITIONS} AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd'))),
-                bool_or(conrelid IN {PARTITIONS} AND confdeltype = 'c')
-         FROM pg_constraint WHERE contype = 'f' AND (conrelid IN {PARTITIONS} OR confrelid IN {PARTITIONS})
-         GROUP BY conname ORDER BY conname"
-    );
-    let foreign = client.query(&foreign_keys, &[&oid]).await.map_err(failed("read foreign keys of the target table"))?;
     Ok(Some(TargetTable {
         partitioned: kind == "p",
-        columns: columns(client, oid).await?,
+        columns,
         unique,
         triggers,
         always_triggers,
-        has_foreign_keys: !foreign.is_empty(),
-        cascades: foreign.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect(),
-        loses_rows: foreign.iter().any(|row| row.get(2)),
+        has_foreign_keys: !foreign_keys.is_empty(),
+        cascades: foreign_keys.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect(),
+        loses_rows: foreign_keys.iter().any(|row| row.get(2)),
     }))
 }
 
-async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
-    let rows = client
-        .query(
-            "WITH RECURSIVE bases(oid, base) AS (
-               SELECT t.oid, t.oid FROM pg_type t JOIN pg_attribute a ON a.atttypid = t.oid WHERE a.attrelid = $1
+async fn columns(client: &Session, name: &QualifiedName) -> Result<Vec<TargetColumn>> {
+    let sql = format!(
+        "WITH RECURSIVE bases(oid, base) AS (
+               SELECT t.oid, t.oid FROM pg_type t JOIN pg_attribute a ON a.atttypid = t.oid WHERE a.attrelid = {TABLE}
                UNION SELECT b.oid, t.typbasetype FROM bases b JOIN pg_type t ON t.oid = b.base WHERE t.typtype = 'd')
              SELECT a.attname, tn.nspname, t.typname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.atthasdef OR a.attidentity <> '',
                     a.attgenerated <> '', a.attidentity = 'a', bn.nspname, b.typname, b.typtype::text,
@@ -219,11 +225,9 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
              JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
              JOIN bases ON bases.oid = t.oid JOIN pg_type b ON b.oid = bases.base AND b.typtype <> 'd' JOIN pg_namespace bn ON bn.oid = b.typnamespace
              LEFT JOIN pg_collation co ON co.oid = a.attcollation
-             WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
-            &[&oid],
-        )
-        .await
-        .map_err(failed("read the target table"))?;
+             WHERE a.attrelid = {TABLE} AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"
+    );
+    let rows = client.query(&sql, &[&name.schema, &name.name]).await.map_err(failed("read the target table"))?;
     Ok(rows
         .iter()
         .map(|row| {
@@ -254,12 +258,13 @@ async fn columns(client: &Client, oid: u32) -> Result<Vec<TargetColumn>> {
 ///
 /// Columns of expressions are read from the stored trees, where a reference is `:varattno` with the column's number, or 0 for
 /// the whole row. `pg_depend` has no entry for the whole row.
-async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
+async fn unique_indexes(client: &Session, name: &QualifiedName) -> Result<Vec<UniqueIndex>> {
+    let partitions = partitions();
     let indexes = format!(
             "WITH RECURSIVE indexes AS (
                SELECT i.*, c.relname, concat_ws(' ', i.indexprs::text, i.indpred::text) AS trees
                FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-               WHERE i.indrelid IN {PARTITIONS}
+               WHERE i.indrelid IN {partitions}
                  AND i.indislive AND (i.indisunique OR i.indisexclusion)),
              reads(index, relation, number) AS (
                SELECT indexrelid, indrelid, indkey[k]::int FROM indexes, generate_series(0, indnkeyatts - 1) AS k WHERE indkey[k] <> 0
@@ -268,8 +273,8 @@ async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
                FROM reads JOIN pg_attribute a ON a.attrelid = reads.relation AND a.attnum = reads.number AND a.attgenerated <> ''
                JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum,
                regexp_matches(d.adbin::text, ':varattno (\\d+)', 'g') AS found)
-             SELECT i.relname, i.indisprimary AND i.indrelid = $1,
-                    i.indrelid = $1 AND i.indisvalid AND NOT i.indisexclusion AND i.trees = '',
+             SELECT i.relname, i.indisprimary AND i.indrelid = {TABLE},
+                    i.indrelid = {TABLE} AND i.indisvalid AND NOT i.indisexclusion AND i.trees = '',
                     ARRAY(SELECT a.attname::text FROM generate_series(0, i.indnkeyatts - 1) AS k
                           JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k] ORDER BY k),
                     ARRAY(SELECT a.attname::text FROM pg_attribute a
@@ -279,7 +284,7 @@ async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
                                                          WHERE NOT co.collisdeterministic)
              FROM indexes i"
     );
-    let rows = client.query(&indexes, &[&oid]).await.map_err(failed("read indexes of the target table"))?;
+    let rows = client.query(&indexes, &[&name.schema, &name.name]).await.map_err(failed("read indexes of the target table"))?;
     let index = |row: &Row| UniqueIndex {
         name: row.get(0),
         primary: row.get(1),
@@ -291,14 +296,27 @@ async fn unique_indexes(client: &Client, oid: u32) -> Result<Vec<UniqueIndex>> {
     Ok(rows.iter().map(index).collect())
 }
 
+/// Foreign keys from and to the table: the name, whether an action of it changes the table, and whether it deletes its rows.
+async fn foreign_keys(client: &Session, name: &QualifiedName) -> Result<Vec<Row>> {
+    let partitions = partitions();
+    let sql = format!(
+        "SELECT conname, bool_or(confrelid IN {partitions} AND (confdeltype IN ('c', 'n', 'd') OR confupdtype IN ('c', 'n', 'd'))),
+                bool_or(conrelid IN {partitions} AND confdeltype = 'c')
+         FROM pg_constraint WHERE contype = 'f' AND (conrelid IN {partitions} OR confrelid IN {partitions})
+         GROUP BY conname ORDER BY conname"
+    );
+    client.query(&sql, &[&name.schema, &name.name]).await.map_err(failed("read foreign keys of the target table"))
+}
+
 /// User triggers that fire in an ordinary session, and those that fire in a replica session.
-async fn triggers(client: &Client, oid: u32) -> Result<(Vec<String>, Vec<String>)> {
+async fn triggers(client: &Session, name: &QualifiedName) -> Result<(Vec<String>, Vec<String>)> {
+    let partitions = partitions();
     // A trigger of a partitioned table is one of each partition too, by the same name.
     let triggers = format!(
         "SELECT tgname, bool_or(tgenabled IN ('O', 'A')), bool_or(tgenabled IN ('R', 'A'))
-         FROM pg_trigger WHERE tgrelid IN {PARTITIONS} AND NOT tgisinternal GROUP BY tgname ORDER BY tgname"
+         FROM pg_trigger WHERE tgrelid IN {partitions} AND NOT tgisinternal GROUP BY tgname ORDER BY tgname"
     );
-    let rows = client.query(&triggers, &[&oid]).await.map_err(failed("read triggers of the target table"))?;
+    let rows = client.query(&triggers, &[&name.schema, &name.name]).await.map_err(failed("read triggers of the target table"))?;
     let named = |column: usize| rows.iter().filter(|row| row.get(column)).map(|row| row.get(0)).collect();
     Ok((named(1), named(2)))
 }

@@ -5,12 +5,12 @@
 //! together, by the first of them that begins. Where a table refers that is not copied, `DELETE` is left: in replica role neither the
 //! key nor its actions fire, and the rows that refer are right again when the copy is whole.
 
+use super::super::connect::Session;
 use super::super::sql::{qualified, quote_ident};
 use super::super::target::failed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::ApplyMode;
 use crate::engine::table::QualifiedName;
-use tokio_postgres::Client;
 
 /// A table, those that foreign keys make one with it, and who refers to whom.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(in super::super) struct Related {
 /// Looks which of `tables` are related to the first one.
 ///
 /// Foreign keys of partitions count for the table that was asked for.
-pub(in super::super) async fn related(client: &Client, tables: &[&QualifiedName]) -> Result<Related> {
+pub(in super::super) async fn related(client: &Session, tables: &[&QualifiedName]) -> Result<Related> {
     let names: Vec<String> = tables.iter().map(|table| qualified(table)).collect();
     let touched = client
         .query_one(
@@ -101,7 +101,7 @@ impl Related {
     /// `TargetTableReferenced` without replica role, when tables that are not copied refer to the first one.
     pub async fn empty<'a>(
         &self,
-        client: &Client,
+        client: &Session,
         members: &[&'a QualifiedName],
         full: &[&'a QualifiedName],
         mode: ApplyMode,
@@ -134,7 +134,7 @@ impl Related {
 }
 
 /// Never CASCADE: what hangs on a table is the user's.
-async fn truncate(client: &Client, tables: &[QualifiedName]) -> Result<()> {
+async fn truncate(client: &Session, tables: &[QualifiedName]) -> Result<()> {
     let names: Vec<String> = tables.iter().map(qualified).collect();
     let sql = super::super::statements::truncate(names.iter().map(String::as_str));
     client.batch_execute(&sql).await.map_err(failed(&sql))

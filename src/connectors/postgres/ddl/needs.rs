@@ -1,12 +1,12 @@
 //! What the target must have before its tables can be made.
 
+use super::super::connect::Session;
 use super::super::sql::quote_ident;
 use super::super::target::failed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::structure::Need;
 use crate::engine::table::MappedTable;
 use std::collections::HashSet;
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 /// What `pg_get_object_address` says of an object that is not there.
@@ -17,7 +17,7 @@ const ABSENT: [SqlState; 4] =
 ///
 /// # Errors
 /// `TypeMissing` with all that is not there, each with the statement that cures it, in the order to run them.
-pub(in super::super) async fn check_needs(client: &Client, tables: &[&MappedTable]) -> Result<()> {
+pub(in super::super) async fn check_needs(client: &Session, tables: &[&MappedTable]) -> Result<()> {
     let (mut wanted, mut seen, mut missing) = (Vec::new(), HashSet::new(), Vec::new());
     for table in tables {
         let structure = &table.structure;
@@ -38,7 +38,7 @@ pub(in super::super) async fn check_needs(client: &Client, tables: &[&MappedTabl
     Err(Error::stop(reason::TYPE_MISSING, format!("the target lacks what its tables need; run there: {}", missing.join("; "))))
 }
 
-async fn is_there(client: &Client, need: &Need) -> Result<bool> {
+async fn is_there(client: &Session, need: &Need) -> Result<bool> {
     let found = client.query_one("SELECT pg_get_object_address($1, $2, $3) IS NULL", &[&need.kind, &need.names, &need.arguments]).await;
     match found {
         Ok(_) => Ok(true),
@@ -48,7 +48,7 @@ async fn is_there(client: &Client, need: &Need) -> Result<bool> {
 }
 
 /// The statements that make it.
-async fn cure(client: &Client, need: &Need) -> Result<String> {
+async fn cure(client: &Session, need: &Need) -> Result<String> {
     let row = client
         .query_one(
             "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1), (SELECT n.nspname::text FROM pg_extension e

@@ -5,7 +5,7 @@
 
 mod plan;
 
-use super::catalog::facts::{self, Filter};
+use super::catalog::facts;
 use super::catalog::rules::{self, Server, Wish};
 use super::connect::{Session, Side};
 use super::source::answer;
@@ -97,28 +97,21 @@ async fn try_publish(
     tables: &[MappedTable],
     present: &[QualifiedName],
 ) -> Result<(), Attempt> {
-    let found = read(session, server, name).await?;
-    let partitioned = facts::partitioned(session).await?;
+    let (found, partitioned) = futures::future::try_join(read(session, server, name), facts::partitioned(session)).await?;
     let plan = plan::plan(found.as_ref(), tables, &partitioned, &mark(slot))?;
     plan::check_present(found.as_ref(), &plan, present)?;
     if plan.is_nothing() {
         return Ok(());
     }
-    // The settings end with the transaction. It need not wait for a synchronous standby: the log is sent only after what the server
-    // itself demands.
-    let begin = format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}; SET LOCAL synchronous_commit = local",
-        LOCK_TIMEOUT.as_millis()
-    );
-    run(session, "begin", &begin).await?;
-    let done = change(session, server, name, slot, &plan, &partitioned).await;
-    // A transaction that can't be ended is ended by the server when the session goes, which it does after an error.
-    let end = if done.is_ok() { "COMMIT" } else { "ROLLBACK" };
-    let ended = run(session, "end", end).await;
-    done?;
-    Ok(ended?)
+    let changed = change(session, server, name, slot, &plan, &partitioned).await;
+    if changed.is_err() {
+        // A transaction that can't be ended is ended by the server when the session goes, which it does after an error.
+        let _ = run(session, "end", "ROLLBACK").await;
+    }
+    changed
 }
 
+/// In one transaction, and in two round trips: see [`crate::connectors::postgres::connect`].
 async fn change(
     session: &Session,
     server: &Server,
@@ -127,12 +120,24 @@ async fn change(
     plan: &Plan<'_>,
     partitioned: &HashSet<u32>,
 ) -> Result<(), Attempt> {
-    lock(session, &plan.incoming, partitioned).await?;
-    check(session, server, &plan.incoming).await?;
-    for statement in statements(name, slot, plan) {
-        run_locking(session, "publish", &statement).await?;
-    }
-    Ok(())
+    // The settings end with the transaction. It need not wait for a synchronous standby: the log is sent only after what the server
+    // itself demands.
+    let begin = format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}; SET LOCAL synchronous_commit = local",
+        LOCK_TIMEOUT.as_millis()
+    );
+    let (begun, locked, checked) = futures::future::join3(
+        run(session, "begin", &begin),
+        lock(session, &plan.incoming, partitioned),
+        check(session, server, &plan.incoming),
+    )
+    .await;
+    begun?;
+    locked?;
+    checked?;
+    // The server leaves out what comes after a failure.
+    let statements = statements(name, slot, plan).join("; ");
+    run_locking(session, "publish", &format!("{statements}; COMMIT")).await
 }
 
 /// SHARE UPDATE EXCLUSIVE is what ALTER PUBLICATION itself takes: it goes together with users' reads and writes and excludes all
@@ -149,8 +154,11 @@ async fn lock(session: &Session, tables: &[&MappedTable], partitioned: &HashSet<
 
 /// Reads and judges the tables again, as they are under the lock.
 async fn check(session: &Session, server: &Server, tables: &[&MappedTable]) -> Result<()> {
+    if tables.is_empty() {
+        return Ok(());
+    }
     let ids: Vec<u32> = tables.iter().map(|table| table.version.id).collect();
-    let relations = facts::read(session, Filter::Ids(&ids)).await?;
+    let relations = facts::read(session, &ids).await?;
     tables.iter().try_for_each(|table| {
         let changed = || Error::retry(reason::SCHEMA_CHANGED, format!("{} changed while it was about to be published", table.source()));
         let relation = relations.iter().find(|relation| relation.id == table.version.id).ok_or_else(changed)?;
@@ -235,18 +243,21 @@ async fn read(session: &Session, server: &Server, name: &str) -> Result<Option<P
         ("false", "NULL::text[]", "false")
     };
     let publication = format!(
-        "SELECT p.oid, obj_description(p.oid, 'pg_publication'), p.puballtables OR {schemas},
+        "SELECT obj_description(p.oid, 'pg_publication'), p.puballtables OR {schemas},
              p.pubinsert AND p.pubupdate AND p.pubdelete AND p.pubtruncate, p.pubviaroot
          FROM pg_publication p WHERE p.pubname = $1"
     );
-    let Some(row) = answer(Side::Source, &what, session.query_opt(&publication, &[&name])).await? else { return Ok(None) };
     let tables = format!(
         "SELECT r.prrelid, n.nspname::text, c.relname::text, {columns}, {filtered}
-         FROM pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE r.prpubid = $1 ORDER BY 2, 3"
+         FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid JOIN pg_class c ON c.oid = r.prrelid
+         JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = $1 ORDER BY 2, 3"
     );
-    let id: u32 = row.get(0);
-    let tables = answer(Side::Source, &what, session.query(&tables, &[&id])).await?;
+    let (publication, tables) = futures::future::try_join(
+        answer(Side::Source, &what, session.query_opt(&publication, &[&name])),
+        answer(Side::Source, &what, session.query(&tables, &[&name])),
+    )
+    .await?;
+    let Some(row) = publication else { return Ok(None) };
     let table = |row: &tokio_postgres::Row| PublishedTable {
         id: row.get(0),
         name: QualifiedName::new(row.get::<_, String>(1), row.get::<_, String>(2)),
@@ -254,10 +265,10 @@ async fn read(session: &Session, server: &Server, name: &str) -> Result<Option<P
         filtered: row.get(4),
     };
     Ok(Some(Published {
-        comment: row.get(1),
-        everything: row.get(2),
-        all_operations: row.get(3),
-        via_root: row.get(4),
+        comment: row.get(0),
+        everything: row.get(1),
+        all_operations: row.get(2),
+        via_root: row.get(3),
         tables: tables.iter().map(table).collect(),
     }))
 }

@@ -9,9 +9,10 @@ use super::failed;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{ApplyMode, Fed, Owner, SourceIdentity};
 use crate::engine::table::{MappedTable, QualifiedName};
+use futures::future::{join, join_all, join3};
 use std::collections::{BTreeSet, HashMap};
 
-/// What is mapped, and what the source says of it.
+/// What is mapped, from where.
 pub(super) struct Mapping<'a> {
     pub source: &'a SourceIdentity,
     pub tables: &'a [MappedTable],
@@ -29,7 +30,7 @@ pub(super) struct Checked<'a> {
 /// Tables that a note names.
 const NAMED_TABLES: usize = 5;
 
-/// All checks, in an order in which the first failure is the most telling.
+/// All checks, in an order in which the first failure is the most telling. What they rest on is read together.
 pub(super) async fn check<'a>(
     session: &Session,
     endpoint: &Endpoint,
@@ -39,22 +40,23 @@ pub(super) async fn check<'a>(
     triggers_accepted: bool,
 ) -> Result<Checked<'a>> {
     let &Mapping { source, tables, fed } = mapping;
-    let (system_identifier, database) = identity(session).await?;
+    let (identity, has_schema, looks) = join3(identity(session), schema::is_there(session), look_at_all(session, endpoint, tables)).await;
+    let (system_identifier, database) = identity?;
     let same_database = system_identifier == source.system_identifier && database == source.database;
     check_mapping(tables, same_database)?;
     let local = fed.iter().filter(|fed| fed.system_identifier == system_identifier && fed.database == database);
     check_no_circle(tables, local)?;
-    if schema::version(session).await?.is_some() {
+    if has_schema? {
         check_written_by_others(session, owner, tables).await?;
     }
     let (mut missing, mut fires) = (Vec::new(), Vec::new());
-    for table in tables {
-        match ddl::describe(session, &table.target).await? {
+    for (table, looked) in tables.iter().zip(looks) {
+        match looked? {
             None => missing.push(table),
-            Some(present) => {
+            Some((present, privileges)) => {
                 ddl::check_compatible(table, &present)?;
                 fires.extend(ddl::check_fires(table, &present, mode, triggers_accepted, &endpoint.username)?);
-                check_privileges(session, &table.target, &endpoint.username).await?;
+                privileges?;
             }
         }
     }
@@ -69,6 +71,23 @@ fn note_fires(fires: &[String]) -> Option<String> {
     let more = if more.is_empty() { String::new() } else { format!("; and of {} more tables", more.len()) };
     (!first.is_empty())
         .then(|| format!("triggers or foreign key actions of target tables fire on mirrored changes ({}{more})", first.join("; ")))
+}
+
+/// What a target table is, if it is there, and whether it may be written.
+type Look = Option<(ddl::TargetTable, Result<()>)>;
+
+async fn look_at_all(session: &Session, endpoint: &Endpoint, tables: &[MappedTable]) -> Vec<Result<Look>> {
+    let mut looks = Vec::with_capacity(tables.len());
+    for some in tables.chunks(ddl::LOOKS) {
+        looks.extend(join_all(some.iter().map(|table| look(session, endpoint, table))).await);
+    }
+    looks
+}
+
+async fn look(session: &Session, endpoint: &Endpoint, table: &MappedTable) -> Result<Look> {
+    let privileges = check_privileges(session, &table.target, &endpoint.username);
+    let (present, privileges) = join(ddl::describe(session, &table.target), privileges).await;
+    Ok(present?.map(|present| (present, privileges)))
 }
 
 /// System identifier and database of the target.
