@@ -196,10 +196,8 @@ where
     let (claimed, mapped) = future::join(claim, mapped).await;
     let (claimed, mut applier) = claimed?;
     let (tables, fed) = mapped?;
-    let streamed = claimed.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.rows_streamed);
-    progress.set_claim(claimed.claim.epoch, applier.mode(), streamed);
-
     let checkpoint = claimed.checkpoint.as_ref();
+    progress.set_claim(claimed.claim.epoch, applier.mode(), checkpoint);
     let start = async {
         // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before
         // the source is taken, so it is looked at once more.

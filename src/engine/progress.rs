@@ -3,7 +3,7 @@
 use super::latency::Latency;
 use super::position::Position;
 use super::retention::Retention;
-use super::roles::{Applied, ApplyMode, LogLoad};
+use super::roles::{Applied, ApplyMode, Checkpoint, LogLoad};
 use super::table::{QualifiedName, TableState};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -230,12 +230,13 @@ impl Progress {
         self.state().notes.extend(notes);
     }
 
-    pub(super) fn set_claim(&self, epoch: i64, mode: ApplyMode, rows_streamed: u64) {
+    pub(super) fn set_claim<P>(&self, epoch: i64, mode: ApplyMode, checkpoint: Option<&Checkpoint<P>>) {
         let mut state = self.state();
         state.view.epoch = epoch;
         state.view.apply_mode = Some(mode.as_str());
         // What a lost session had written and not committed comes again.
-        state.view.rows_streamed = rows_streamed;
+        state.view.rows_streamed = checkpoint.map_or(0, |checkpoint| checkpoint.rows_streamed);
+        state.view.rows_copied = checkpoint.map_or(0, Checkpoint::rows_copied);
     }
 
     pub(super) fn set_waiting(&self, waiting: Option<String>) {

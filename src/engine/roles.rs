@@ -342,6 +342,14 @@ pub struct Checkpoint<P> {
     pub tables: HashMap<QualifiedName, TableCheckpoint<P>>,
 }
 
+impl<P> Checkpoint<P> {
+    /// Rows that finished copies have brought.
+    #[must_use]
+    pub fn rows_copied(&self) -> u64 {
+        self.tables.values().filter(|table| table.is_copied()).map(|table| table.rows_copied.unsigned_abs()).sum()
+    }
+}
+
 /// The right to write for one stream until somebody else claims it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claim {

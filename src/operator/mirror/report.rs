@@ -423,6 +423,8 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
     // What is on the target's disk; before the first confirmation, what is committed there.
     let applied = said.confirmed.clone().or_else(|| said.applied.clone()).or_else(|| old.as_ref()?.applied.clone());
     let position = (received.is_some() || applied.is_some()).then_some(Position { received, applied });
+    // A worker that has only just started reads with its claim what earlier ones have done.
+    let has_counts = said.epoch > 0;
     MirrorStatus {
         slot: Some(said.slot.clone()).filter(|slot| !slot.is_empty()).or(status.slot),
         publication: Some(said.publication.clone()).filter(|publication| !publication.is_empty()).or(status.publication),
@@ -434,8 +436,8 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         latency_p50_milliseconds: said.latency_p50_milliseconds.map(signed),
         latency_p99_milliseconds: said.latency_p99_milliseconds.map(signed),
         tables: tables(&said.tables).or(status.tables),
-        rows_copied: Some(signed(said.rows_copied)),
-        rows_streamed: Some(signed(said.rows_streamed)),
+        rows_copied: Some(signed(said.rows_copied)).filter(|_| has_counts).or(status.rows_copied),
+        rows_streamed: Some(signed(said.rows_streamed)).filter(|_| has_counts).or(status.rows_streamed),
         apply_mode: said.apply_mode.clone().or(status.apply_mode),
         ..status
     }

@@ -190,6 +190,14 @@ fn numbers_are_those_of_the_worker() {
 }
 
 #[test]
+fn counts_do_not_go_back_while_a_worker_starts() {
+    let mut mirror = mirror(false);
+    mirror.status = Some(reported(&mirror, None, &answers("Streaming", json!({}))));
+    let status = reported(&mirror, None, &answers("Starting", json!({"epoch": 0, "rowsCopied": 0, "rowsStreamed": 0})));
+    assert_eq!((status.rows_copied, status.rows_streamed), (Some(10), Some(5)));
+}
+
+#[test]
 fn what_the_source_keeps_is_shown_as_long_as_it_is_known() {
     let kept = json!({"retention": {"slotExists": true, "retainedBytes": 1_258_291, "walStatus": "extended", "safeWalSize": -7}});
     let mut mirror = mirror(true);
