@@ -157,6 +157,21 @@ async fn a_claim_and_a_stop_end_what_was_written_early() {
     assert_eq!((count(&admin).await, position(&admin, "s").await), (0, Some(Lsn(1).to_string())));
 }
 
+/// A server that has crashed may have forgotten commits, and takes new connections.
+#[tokio::test]
+async fn nothing_is_written_early_behind_connections_that_have_ended() {
+    let server = server();
+    let (admin, _target, mut applier, items) = two(&server, "early_lost").await;
+    let end = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = 'early_lost' AND pid <> pg_backend_pid()";
+    admin.batch_execute(end).await.expect("ended");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while applier.apply_early(piece(&items, 0..1000, false)).await.expect("no part has failed") {
+        assert!(Instant::now() < deadline, "it is still written");
+        applier.drop_early();
+    }
+    assert_eq!(count(&admin).await, 0);
+}
+
 #[tokio::test]
 async fn only_rows_that_nobody_else_can_want_are_written_early() {
     let server = server();

@@ -515,7 +515,14 @@ impl Apply for PostgresApplier {
             turn: Turn::now(),
             done: oneshot::channel().0,
         };
-        Ok(self.early.accept(job).await)
+        let accepted = self.early.accept(job).await;
+        // A server that has crashed may have forgotten commits: what is written on a new connection to it would go with another state
+        // than the one that was left.
+        if self.sessions.iter().any(|session| session.is_closed()) {
+            self.early.roll_back();
+            return Ok(false);
+        }
+        Ok(accepted)
     }
 
     fn drop_early(&mut self) {
