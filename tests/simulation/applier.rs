@@ -2,20 +2,23 @@
 
 use crate::faults::{Moment, Point};
 use crate::history::{KEYS, Row, Rows, TABLES, Tables};
+use crate::lane::EarlyLane;
+use crate::loads::LOADED_TABLE;
 use crate::mutants::Mutant;
 use crate::seen::Rare;
-use crate::server::{Effect, Entry, Stored, ended, lost_claim};
+use crate::server::{Effect, Entry, Order, Stored, ended, lost_claim};
 use crate::sets;
-use crate::source::{by_name, definition, number};
+use crate::tables::{by_name, definition, number};
 use crate::target::Connection;
 use crate::world::World;
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::Part;
 use sluice::engine::error::{Error, Result, reason};
-use sluice::engine::roles::{Applied, Apply, ApplyMode, Proof};
+use sluice::engine::roles::{Applied, Apply, ApplyMode, Outcome, Proof};
 use sluice::engine::table::{MappedTable, QualifiedName, TableState};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Parts in flight at a time.
 const IN_FLIGHT: usize = 3;
@@ -29,6 +32,10 @@ pub struct SimApplier {
     tables: Option<Tables>,
     /// Of the transaction that is open: the tables before it.
     open: Option<Tables>,
+    /// The connection that it is written on when it was begun with before its end, and the keys that it has written so far.
+    lane: Option<Connection>,
+    keys: u16,
+    early: EarlyLane,
     in_flight: VecDeque<InFlight>,
     /// Positions that are committed and not known to be durable.
     waiting: Vec<u64>,
@@ -41,12 +48,26 @@ enum InFlight {
     Sent {
         number: u64,
         position: u64,
+        keys: u16,
+        /// It is kept until the end.
+        _lane: Option<Connection>,
     },
 }
 
 impl SimApplier {
     pub fn new(connection: Connection, epoch: i64, position: Option<u64>) -> Self {
-        Self { connection, epoch, position, tables: None, open: None, in_flight: VecDeque::new(), waiting: Vec::new() }
+        Self {
+            connection,
+            epoch,
+            position,
+            tables: None,
+            open: None,
+            lane: None,
+            keys: 0,
+            early: EarlyLane::default(),
+            in_flight: VecDeque::new(),
+            waiting: Vec::new(),
+        }
     }
 
     fn world(&self) -> std::sync::MutexGuard<'_, World> {
@@ -65,6 +86,42 @@ impl SimApplier {
         self.connection.transaction(point, self.epoch, Some(self.position), false, Box::new(effect)).await?;
         self.position = Some(position);
         self.waiting.push(position);
+        Ok(())
+    }
+
+    /// The rest of a transaction of which rows are written: what they leave.
+    fn go_on_from_early(&mut self) -> Result<()> {
+        let reach = self.connection.reach.clone();
+        let mut world = reach.world();
+        if let Some(backend) = self.early.backend()
+            && world.dice.chance(60)
+        {
+            // In the last moment, when all pieces were answered.
+            world.seen.note(Rare::EarlyLaneLost);
+            world.server.end(backend);
+        }
+        // Its server side ends with it, which must not be while the world is held.
+        let (lane, mut rows, is_complete) = self.early.lend(&world);
+        if !is_complete {
+            let missed = !world.breaks(Mutant::LostPiecesNotMissed);
+            drop(world);
+            drop(lane);
+            if missed {
+                return Err(Error::retry(reason::WRITE_REFUSED, "what was written before the end of a transaction is lost"));
+            }
+            (self.lane, rows) = (None, Vec::new());
+            world = reach.world();
+        } else {
+            self.lane = lane;
+        }
+        let mut tables = world.server.stored.tables;
+        self.open = Some(tables);
+        for (key, row) in rows {
+            self.keys |= 1 << key;
+            let before = tables[LOADED_TABLE][key].replace(row);
+            world.require(before.is_none(), || format!("row {key}, which came early, is there"));
+        }
+        self.tables = Some(tables);
         Ok(())
     }
 
@@ -93,6 +150,7 @@ impl SimApplier {
             .collect();
         world.seen.note_all(Rare::NotDue, due.iter().filter(|due| !**due).count() as u64);
         check_definitions(&mut world, part, &due)?;
+        self.keys |= sets::loaded_keys(&part.batch, &due);
         let mutant = world.mutant;
         match sets::apply(&before, &part.batch, &due, mutant, &mut world.dice) {
             Ok((after, of_equal)) => {
@@ -107,6 +165,39 @@ impl SimApplier {
                 Err(Error::stop(reason::WRITE_REFUSED, what))
             }
         }
+    }
+}
+
+impl SimApplier {
+    /// Whether a piece goes on where the one before has ended, or a connection was made for it.
+    fn may_go_on_early(&mut self, continues: bool) -> bool {
+        let reach = self.connection.reach.clone();
+        if self.early.is_open() {
+            return continues || reach.world().breaks(Mutant::EarlyNotRolledBack);
+        }
+        if continues || reach.world().dice.chance(30) {
+            return false;
+        }
+        self.early.begin(Connection::open(&reach));
+        // A claim that came before the session had its name has not seen it; a server that has crashed may have forgotten commits.
+        let world = reach.world();
+        world.server.stored.epoch == self.epoch && world.server.is_alive(self.connection.backend)
+    }
+
+    fn roll_back_early(&mut self) {
+        let reach = self.connection.reach.clone();
+        let connection = self.early.roll_back(&mut reach.world());
+        drop(connection);
+    }
+
+    /// Whether a part is being written that touches one of these keys.
+    fn is_writing(&self, keys: u16) -> bool {
+        let world = self.world();
+        let touches = |part: &InFlight| match part {
+            InFlight::Piece => false,
+            InFlight::Sent { number, keys: theirs, .. } => theirs & keys != 0 && !world.server.is_over(*number),
+        };
+        !world.breaks(Mutant::EarlyBesideItsForerunners) && self.in_flight.iter().any(touches)
     }
 }
 
@@ -218,7 +309,12 @@ impl Apply for SimApplier {
         joined: &[QualifiedName],
     ) -> Result<()> {
         self.connection.reach.io(Point::Apply).await?;
-        let (open, idle) = (self.open.is_some(), self.in_flight.is_empty());
+        let idle = self.in_flight.is_empty();
+        if part.continues && self.open.is_none() {
+            self.world().require(idle, || "the rest of a transaction comes while parts are in flight".into());
+            self.go_on_from_early()?;
+        }
+        let open = self.open.is_some();
         self.world().require(part.continues == open, || "a part does not continue what is open".into());
         self.world().require(joined.is_empty() || idle, || "tables join while parts are in flight".into());
         let before = self.open.or(self.tables).unwrap_or(self.world().server.stored.tables);
@@ -231,6 +327,7 @@ impl Apply for SimApplier {
             return Ok(());
         }
         self.open = None;
+        let (lane, keys) = (self.lane.take(), std::mem::take(&mut self.keys));
         self.world().seen.note_all(Rare::JoinedByPart, joined.len() as u64);
         let (position, joined) = (part.end().0, joined.iter().map(by_name).collect::<Vec<_>>());
         let (from, patch) = (self.position, Patch::between(&before, &after));
@@ -239,15 +336,88 @@ impl Apply for SimApplier {
         }
         self.position = Some(position);
         let from = if self.world().breaks(Mutant::CheckpointBeforeData) { self.position } else { from };
+        let apart = lane.is_some() && self.world().breaks(Mutant::EarlyCheckpointApart);
         let effect: Effect = Box::new(move |stored| {
             patch.write(stored);
-            move_to(stored, position, &joined)
+            if apart { Ok(()) } else { move_to(stored, position, &joined) }
         });
-        let number = self.world().server.send(self.connection.backend, self.epoch, Some(from), false, effect)?;
+        let backend = lane.as_ref().map_or(self.connection.backend, |lane| lane.backend);
+        let order = Order { backend, epoch: self.epoch, from: Some(from), durable: false, keys, effect: Some(effect) };
+        let number = self.world().server.send(order)?;
         let behind = self.in_flight.iter().any(|part| matches!(part, InFlight::Sent { .. }));
         self.world().seen.note_all(Rare::BehindAnother, behind.into());
-        self.in_flight.push_back(InFlight::Sent { number, position });
+        self.in_flight.push_back(InFlight::Sent { number, position, keys, _lane: lane });
         self.connection.reach.strike(Point::Apply, Moment::Committing).await
+    }
+
+    fn early_tables(&self) -> HashSet<u32> {
+        [LOADED_TABLE as u32].into()
+    }
+
+    async fn apply_early(&mut self, piece: Arc<Part<Lsn>>) -> Result<bool> {
+        self.connection.reach.io(Point::ApplyEarly).await?;
+        let rows = sets::inserted(&piece.batch).map_err(Error::bug)?;
+        let keys = rows.iter().fold(0, |keys, (key, _)| keys | 1 << key);
+        if !self.may_go_on_early(piece.continues) {
+            self.roll_back_early();
+            return Ok(false);
+        }
+        // What its rows had to wait for on the source was accepted before it, and must be there before it.
+        while self.is_writing(keys) {
+            self.world().work();
+            self.connection.reach.step().await;
+        }
+        let Some(backend) = self.early.backend() else { return Ok(false) };
+        let order = Order { backend, epoch: self.epoch, from: None, durable: false, keys, effect: None };
+        let Ok(number) = self.world().server.send(order) else {
+            self.roll_back_early();
+            return Ok(false);
+        };
+        self.early.sent(number, rows);
+        Ok(true)
+    }
+
+    fn drop_early(&mut self) {
+        if !self.world().breaks(Mutant::EarlyNotRolledBack) {
+            self.roll_back_early();
+        }
+    }
+
+    async fn outcome(&mut self) -> Result<Outcome> {
+        loop {
+            let over = match self.in_flight.front() {
+                Some(InFlight::Piece) => true,
+                Some(InFlight::Sent { number, .. }) => self.world().server.is_over(*number),
+                None => false,
+            };
+            if over {
+                return self.applied().await.map(Outcome::Part);
+            }
+            let (early, idle) = {
+                let reach = self.connection.reach.clone();
+                let mut world = reach.world();
+                // Somebody ends it, or it was in somebody's way.
+                if let Some(backend) = self.early.backend()
+                    && world.dice.chance(10)
+                {
+                    world.seen.note(Rare::EarlyLaneLost);
+                    world.server.end(backend);
+                }
+                (self.early.outcome(&mut world), self.in_flight.is_empty() && !self.early.is_writing())
+            };
+            if let Some(outcome) = early {
+                if outcome.is_none() {
+                    self.roll_back_early();
+                }
+                return Ok(Outcome::Early(outcome));
+            }
+            if idle {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            } else {
+                self.world().work();
+            }
+            self.connection.reach.step().await;
+        }
     }
 
     fn has_room(&self) -> bool {
@@ -256,7 +426,7 @@ impl Apply for SimApplier {
 
     async fn applied(&mut self) -> Result<Option<Applied>> {
         self.connection.reach.lives().await;
-        let Some(InFlight::Sent { number, position }) = self.in_flight.front() else {
+        let Some(InFlight::Sent { number, position, .. }) = self.in_flight.front() else {
             return Ok(self.in_flight.pop_front().map(|_| Applied::default()));
         };
         let position = *position;
@@ -293,8 +463,8 @@ impl Apply for SimApplier {
     }
 
     async fn abort(self) {
-        let backend = self.connection.backend;
-        self.world().server.end(backend);
+        let backends = [Some(self.connection.backend), self.early.backend(), self.lane.as_ref().map(|lane| lane.backend)];
+        backends.into_iter().flatten().for_each(|backend| self.world().server.end(backend));
     }
 
     fn mode(&self) -> ApplyMode {

@@ -33,11 +33,12 @@ pub enum Point {
     SetState,
     Forget,
     Apply,
+    ApplyEarly,
     Advance,
 }
 
 impl Point {
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::Identity,
         Self::Take,
         Self::Prove,
@@ -66,6 +67,7 @@ impl Point {
         Self::SetState,
         Self::Forget,
         Self::Apply,
+        Self::ApplyEarly,
         Self::Advance,
     ];
 

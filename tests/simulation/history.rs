@@ -2,6 +2,8 @@
 //! altered; somebody who takes tables out of the publication; failovers.
 
 use crate::dice::Dice;
+use crate::loads::{COPIED_AT_ONCE, RollBack, Savepoint};
+use std::collections::VecDeque;
 
 pub const TABLES: usize = 3;
 pub const KEYS: usize = 8;
@@ -69,10 +71,13 @@ pub struct RowChange {
     pub published: bool,
     /// How often the table had come into the publication by then.
     pub times_published: u32,
+    /// Where the log ended before it: transactions that end there or earlier had ended.
+    pub at: u64,
 }
 
 #[derive(Clone, Debug)]
 pub struct Transaction {
+    pub number: u64,
     pub commit_start: u64,
     pub end: u64,
     pub changes: Vec<RowChange>,
@@ -88,16 +93,30 @@ impl Transaction {
 
 /// A transaction that has not committed.
 #[derive(Default)]
-struct Writer {
-    number: u64,
-    changes: Vec<RowChange>,
+pub struct Writer {
+    pub number: u64,
+    pub changes: Vec<RowChange>,
     /// What was there before, to be put back.
-    undo: Vec<(usize, usize, Option<Row>)>,
-    locks: Locks,
+    pub undo: Vec<Undo>,
+    pub locks: Locks,
+    /// It inserts many rows.
+    pub loads: bool,
+    /// Its last rows, which are in the log and have to wait for their keys.
+    pub without_keys: VecDeque<(usize, Row)>,
+    pub savepoint: Option<Savepoint>,
 }
 
+impl Writer {
+    pub fn new(number: u64) -> Self {
+        Self { number, ..Self::default() }
+    }
+}
+
+/// What was in a place of a table.
+type Undo = (usize, usize, Option<Row>);
+
 /// A bit for each locked key of each table.
-type Locks = [u16; TABLES];
+pub type Locks = [u16; TABLES];
 const WHOLE: u16 = u16::MAX;
 
 /// The lasting slot.
@@ -129,11 +148,15 @@ pub struct History {
     /// Transactions of earlier timelines, from the first on, and where each was left.
     left: Vec<(Vec<Transaction>, u64)>,
     /// With everything that open writers have done.
-    rows: Tables,
-    writers: Vec<Writer>,
+    pub rows: Tables,
+    pub writers: Vec<Writer>,
+    pub roll_backs: Vec<RollBack>,
+    /// How often rows that are in the log had to wait for their keys, and how often they did not get them.
+    pub copies_waited: u64,
+    pub copies_failed: u64,
     /// Committed in the log and waiting for a standby: which transaction, its locks.
     stalled: Vec<(usize, Locks)>,
-    locks: Locks,
+    pub locks: Locks,
     counter: u64,
 }
 
@@ -276,29 +299,60 @@ impl History {
                 self.unlock(locks);
             }
             1..=3 if !self.writers.is_empty() => {
-                let mut writer = self.writers.swap_remove(0);
-                self.change(&mut writer, dice);
-                match dice.below(6) {
-                    0..=1 => self.commit(writer, dice),
-                    2 => self.roll_back(writer),
-                    _ => self.writers.push(writer),
-                }
+                let writer = self.writers.swap_remove(0);
+                self.go_on(writer, dice);
             }
             // Something that is no transaction of ours: another database's, a checkpoint.
             4 => self.end += 16,
             _ if self.writes_left > 0 => {
                 self.writes_left -= 1;
-                self.counter += 1;
+                let number = self.next_number();
                 if self.alters_left > 0 && dice.chance(100) {
                     return self.alter(dice);
                 }
-                let mut writer = Writer { number: self.counter, ..Writer::default() };
+                if self.writers.len() < 2 && dice.chance(160) {
+                    return self.begin_load(number, dice);
+                }
+                let mut writer = Writer::new(number);
                 let changes = if dice.chance(100) { 4 + dice.below(8) } else { dice.below(4) };
                 (0..changes).for_each(|_| self.change(&mut writer, dice));
                 if self.writers.len() < 3 && dice.chance(200) { self.writers.push(writer) } else { self.commit(writer, dice) }
             }
             _ => {}
         }
+    }
+
+    /// A transaction goes on, or ends.
+    fn go_on(&mut self, mut writer: Writer, dice: &mut Dice) {
+        let fails = if !writer.without_keys.is_empty() {
+            // Sometimes two wait for each other.
+            self.take_keys(&mut writer) || dice.chance(200)
+        } else if writer.loads && dice.chance(700) {
+            self.copy(&mut writer, COPIED_AT_ONCE, dice);
+            false
+        } else {
+            self.change(&mut writer, dice);
+            false
+        };
+        let waits = !writer.without_keys.is_empty();
+        match dice.below(if writer.loads { 9 } else { 6 }) {
+            _ if fails => self.roll_back(writer),
+            0 if !waits => self.commit(writer, dice),
+            1 if !waits && !writer.loads => self.commit(writer, dice),
+            1 if !waits => self.roll_back(writer),
+            2 if !waits && !writer.loads => self.roll_back(writer),
+            2..=4 if !waits && (writer.loads || dice.chance(300)) => {
+                let is_back = self.savepoint(&mut writer, dice);
+                if is_back && dice.chance(500) { self.commit(writer, dice) } else { self.writers.push(writer) }
+            }
+            _ => self.writers.push(writer),
+        }
+    }
+
+    /// Numbers transactions and values.
+    pub fn next_number(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
     }
 
     fn change(&mut self, writer: &mut Writer, dice: &mut Dice) {
@@ -332,7 +386,7 @@ impl History {
     /// A table gets another definition, in a transaction that may do more.
     fn alter(&mut self, dice: &mut Dice) {
         let table = dice.below(TABLES as u32) as usize;
-        let mut writer = Writer { number: self.counter, ..Writer::default() };
+        let mut writer = Writer::new(self.counter);
         if self.definitions[table] + 1 == DEFINITIONS || !self.lock(&mut writer, table, WHOLE) {
             return;
         }
@@ -358,7 +412,7 @@ impl History {
     }
 
     /// A value that no row has, as far as rows must not share one.
-    fn unique(&self, table: usize, dice: &mut Dice) -> u32 {
+    pub fn unique(&self, table: usize, dice: &mut Dice) -> u32 {
         if table == KEYLESS_TABLE {
             return keyless_value(dice);
         }
@@ -369,7 +423,7 @@ impl History {
         unique
     }
 
-    fn write(&mut self, writer: &mut Writer, table: usize, kind: Kind) {
+    pub fn write(&mut self, writer: &mut Writer, table: usize, kind: Kind) {
         let before = self.rows[table];
         replay(&mut self.rows[table], &kind);
         let changed = (0..KEYS).filter(|key| before[*key] != self.rows[table][*key]);
@@ -379,18 +433,25 @@ impl History {
             Kind::Delete { key } => before[key],
             Kind::Insert { .. } | Kind::Truncate { .. } | Kind::Alter => None,
         };
-        writer.changes.push(RowChange {
+        let change = self.change_of(table, kind, old);
+        writer.changes.push(change);
+    }
+
+    /// A change as it is written now.
+    pub fn change_of(&self, table: usize, kind: Kind, before: Option<Row>) -> RowChange {
+        RowChange {
             table,
             kind,
-            before: old,
+            before,
             definition: self.definitions[table],
             published: self.published[table],
             times_published: self.times_published[table],
-        });
+            at: self.end,
+        }
     }
 
     /// Where rows depend on each other a writer takes the whole table.
-    fn lock(&mut self, writer: &mut Writer, table: usize, wanted: u16) -> bool {
+    pub fn lock(&mut self, writer: &mut Writer, table: usize, wanted: u16) -> bool {
         let wanted = if table == UNIQUE_TABLE { WHOLE } else { wanted };
         let free = self.locks[table] & !writer.locks[table] & wanted == 0;
         if free {
@@ -400,12 +461,12 @@ impl History {
         free
     }
 
-    fn unlock(&mut self, locks: Locks) {
+    pub fn unlock(&mut self, locks: Locks) {
         self.locks.iter_mut().zip(locks).for_each(|(held, freed)| *held &= !freed);
     }
 
     /// Sometimes the commit record starts right where the record before ended.
-    fn commit(&mut self, writer: Writer, dice: &mut Dice) {
+    pub fn commit(&mut self, writer: Writer, dice: &mut Dice) {
         let stalls = !writer.changes.is_empty() && dice.chance(80);
         let commit_start = self.end + if dice.chance(600) { 8 } else { 0 };
         self.end = commit_start + 32;
@@ -414,19 +475,31 @@ impl History {
         } else {
             self.unlock(writer.locks);
         }
-        self.transactions.push(Transaction { commit_start, end: self.end, changes: writer.changes, visible: !stalls });
+        self.transactions.push(Transaction {
+            number: writer.number,
+            commit_start,
+            end: self.end,
+            changes: writer.changes,
+            visible: !stalls,
+        });
     }
 
     fn roll_back(&mut self, writer: Writer) {
-        for (table, key, row) in writer.undo.into_iter().rev() {
+        self.undo(writer.undo);
+        self.unlock(writer.locks);
+        self.tell_roll_back(writer.number, None);
+    }
+
+    pub fn undo(&mut self, undone: Vec<Undo>) {
+        for (table, key, row) in undone.into_iter().rev() {
             self.rows[table][key] = row;
         }
-        self.unlock(writer.locks);
     }
 
     /// A transaction without rows.
     pub fn mark(&mut self, dice: &mut Dice) {
-        self.commit(Writer::default(), dice);
+        let number = self.next_number();
+        self.commit(Writer::new(number), dice);
     }
 
     /// Writers that are open now.

@@ -3,17 +3,22 @@
 //! The oracle is the source's history applied row by row. It is asked at *every* commit of the target, since a later
 //! change can heal a loss. `SLUICE_SEED=<n> SLUICE_SEEDS=1` repeats one history.
 
+mod ahead;
 mod applier;
 mod dice;
 mod faults;
 mod fence;
 mod history;
+mod lane;
+mod loads;
+mod log;
 mod mutants;
 mod oracle;
 mod seen;
 mod server;
 mod sets;
 mod source;
+mod tables;
 mod target;
 mod worker;
 mod world;
@@ -27,7 +32,7 @@ use worker::{Lived, simulate};
 /// Histories of one run.
 const ENOUGH: u64 = 20_000;
 /// Within so many histories each broken rule must show.
-const MUTANT_SEEDS: u64 = 300;
+const MUTANT_SEEDS: u64 = 600;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))

@@ -62,10 +62,30 @@ pub enum Mutant {
     LookedOnlyBeforeTake,
     /// A table that was copied as of a position beyond the switch follows as if its copy were good.
     CopyBeyondSwitchKept,
+    /// Nobody hears that a transaction is rolled back of which rows are written.
+    RollBackNotHeard,
+    /// Nobody hears that a part of it is.
+    SavepointNotHeard,
+    /// Nobody hears that the log's connection has ended, on which the transaction began.
+    ReconnectNotHeard,
+    /// A row is written early when nobody knows yet whether its key is free.
+    RowsBehindLeftOut,
+    /// Rows are written before transactions that had ended when they came.
+    PieceOvertakes,
+    /// Rows are written beside parts that touch the same keys.
+    EarlyBesideItsForerunners,
+    /// Rows that come to nothing stay written, and are committed with the next ones.
+    EarlyNotRolledBack,
+    /// The rest of a transaction is written though its first rows are lost.
+    LostPiecesNotMissed,
+    /// A transaction that was begun with early is committed without its checkpoint.
+    EarlyCheckpointApart,
+    /// A claim leaves the connection alone that writes a transaction early.
+    EarlyLaneLeftAlone,
 }
 
 impl Mutant {
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 40] = [
         Self::CheckpointBeforeData,
         Self::BeginInsteadOfEnd,
         Self::DueByGreaterOrEqual,
@@ -96,5 +116,15 @@ impl Mutant {
         Self::SourceNotTaken,
         Self::LookedOnlyBeforeTake,
         Self::CopyBeyondSwitchKept,
+        Self::RollBackNotHeard,
+        Self::SavepointNotHeard,
+        Self::ReconnectNotHeard,
+        Self::RowsBehindLeftOut,
+        Self::PieceOvertakes,
+        Self::EarlyBesideItsForerunners,
+        Self::EarlyNotRolledBack,
+        Self::LostPiecesNotMissed,
+        Self::EarlyCheckpointApart,
+        Self::EarlyLaneLeftAlone,
     ];
 }

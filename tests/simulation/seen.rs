@@ -61,10 +61,26 @@ pub enum Rare {
     OrphanStatement,
     /// The slot came or went between the look at it and the taking of the source.
     SlotChangedBeforeTake,
+    /// Rows were handed over before the end of their transaction.
+    Piece,
+    /// The rest followed them.
+    RestBehindPieces,
+    PieceRefused,
+    /// A transaction was rolled back of which rows were handed over.
+    RollBackBehindPieces,
+    /// The same for a part of it.
+    SavepointBehindPieces,
+    /// The log's connection ended behind such rows.
+    ReconnectBehindPieces,
+    EarlyLaneLost,
+    /// A `COPY` waited for a key with its rows in the log.
+    CopyWaited,
+    /// The key was taken for good.
+    CopyFailed,
 }
 
 impl Rare {
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 41] = [
         Self::JoinedByPart,
         Self::JoinedIdle,
         Self::OpenPart,
@@ -97,6 +113,15 @@ impl Rare {
         Self::StatementRolledBack,
         Self::OrphanStatement,
         Self::SlotChangedBeforeTake,
+        Self::Piece,
+        Self::RestBehindPieces,
+        Self::PieceRefused,
+        Self::RollBackBehindPieces,
+        Self::SavepointBehindPieces,
+        Self::ReconnectBehindPieces,
+        Self::EarlyLaneLost,
+        Self::CopyWaited,
+        Self::CopyFailed,
     ];
 }
 

@@ -1,7 +1,8 @@
 //! The target's server: transactions that have been sent, a row lock, a log that is flushed later, and crashes.
 
 use crate::dice::Dice;
-use crate::history::{Rows, TABLES, Tables};
+use crate::history::{KEYS, Rows, TABLES, Tables};
+use crate::loads::LOADED_TABLE;
 use sluice::engine::error::{Class, Error, Result, reason};
 use sluice::engine::table::TableState;
 use std::collections::VecDeque;
@@ -52,17 +53,31 @@ impl Stored {
 /// What a transaction does at its commit, or why it can't. What must never be is an error of class `Bug`.
 pub type Effect = Box<dyn FnOnce(&mut Stored) -> Result<()> + Send>;
 
-/// A transaction that was sent with its commit.
+/// What is sent to the server.
+pub struct Order {
+    pub backend: usize,
+    pub epoch: i64,
+    /// The checkpoint must be here (compare and set).
+    pub from: Option<Option<u64>>,
+    pub durable: bool,
+    /// Rows of the loaded table that it writes: a bit for each key.
+    pub keys: u16,
+    /// `None`: rows that come, in a transaction that stays open.
+    pub effect: Option<Effect>,
+}
+
+/// An order that was sent; one with an effect is a transaction with its commit.
 struct Sent {
     number: u64,
-    backend: usize,
-    epoch: i64,
-    /// The checkpoint must be here (compare and set).
-    from: Option<Option<u64>>,
-    durable: bool,
+    order: Order,
     /// The epoch was found right: the checkpoint's row is locked until the end.
     checked: bool,
-    effect: Effect,
+}
+
+/// Rows that open transactions hold.
+struct Held {
+    backend: usize,
+    keys: u16,
 }
 
 /// A connection's server side.
@@ -90,6 +105,7 @@ pub struct Server {
     unflushed: VecDeque<Stored>,
     backends: Vec<Backend>,
     sent: Vec<Sent>,
+    held: Vec<Held>,
     outcomes: Vec<(u64, Result<()>)>,
     counter: u64,
 }
@@ -106,19 +122,31 @@ impl Server {
 
     /// The client is gone.
     pub fn disconnect(&mut self, backend: usize, hangs: bool) {
-        if self.is_alive(backend) {
-            self.backends[backend] = if hangs { Backend::Hangs } else { Backend::Orphan };
+        if !self.is_alive(backend) {
+            return;
+        }
+        self.backends[backend] = if hangs { Backend::Hangs } else { Backend::Orphan };
+        if !hangs && !self.sent.iter().any(|sent| sent.order.backend == backend) {
+            self.end(backend);
         }
     }
 
     /// Rolls back what has not committed.
     pub fn end(&mut self, backend: usize) {
         self.backends[backend] = Backend::Ended;
-        self.sent.retain(|sent| sent.backend != backend);
+        self.sent.retain(|sent| sent.order.backend != backend);
+        self.held.retain(|held| held.backend != backend);
     }
 
     pub fn end_all(&mut self) {
         (0..self.backends.len()).for_each(|backend| self.end(backend));
+    }
+
+    /// The same, but for those that hold rows in an open transaction.
+    pub fn end_all_but_early(&mut self) {
+        let holds = |backend: &usize| self.held.iter().any(|held| held.backend == *backend);
+        let ended: Vec<usize> = (0..self.backends.len()).filter(|backend| !holds(backend)).collect();
+        ended.into_iter().for_each(|backend| self.end(backend));
     }
 
     /// Whether a transaction has proved its epoch and not ended.
@@ -126,14 +154,19 @@ impl Server {
         self.sent.iter().any(|sent| sent.checked)
     }
 
-    /// Takes a transaction with its commit; the answer is an [`Self::outcome`].
-    pub fn send(&mut self, backend: usize, epoch: i64, from: Option<Option<u64>>, durable: bool, effect: Effect) -> Result<u64> {
-        if !self.is_alive(backend) {
+    /// Takes an order; the answer is an [`Self::outcome`].
+    pub fn send(&mut self, order: Order) -> Result<u64> {
+        if !self.is_alive(order.backend) {
             return Err(ended());
         }
         self.counter += 1;
-        self.sent.push(Sent { number: self.counter, backend, epoch, from, durable, checked: false, effect });
+        self.sent.push(Sent { number: self.counter, order, checked: false });
         Ok(self.counter)
+    }
+
+    /// Whether an order has come to its end.
+    pub fn is_over(&self, number: u64) -> bool {
+        !self.sent.iter().any(|sent| sent.number == number)
     }
 
     /// How a transaction has ended, when it has.
@@ -145,48 +178,80 @@ impl Server {
         (!running).then(|| Err(ended()))
     }
 
-    /// Goes on with one transaction: first the proof of the epoch, then the commit. Those of one backend run one after
-    /// the other.
+    /// Goes on with one order: first the proof of the epoch, then the commit. Those of one backend run one after the other, and a part's
+    /// commit is sent when that of the part before was answered.
     pub fn work(&mut self, dice: &mut Dice, fenced: bool, any_order: bool) -> Result<Option<Committed>, String> {
         if self.sent.is_empty() {
             return Ok(None);
         }
         let mut chosen = dice.below(self.sent.len() as u32) as usize;
-        let backend = self.sent[chosen].backend;
         if !any_order {
-            chosen = self.sent.iter().position(|sent| sent.backend == backend).unwrap_or(chosen);
+            let order = &self.sent[chosen].order;
+            let is_before = |other: &Sent| {
+                let are_parts = order.from.is_some() && other.order.from.is_some() && order.epoch == other.order.epoch;
+                other.order.backend == order.backend || are_parts
+            };
+            chosen = self.sent.iter().position(is_before).unwrap_or(chosen);
         }
+        let backend = self.sent[chosen].order.backend;
         if self.backends[backend] == Backend::Hangs {
             return Ok(None);
+        }
+        if self.sent[chosen].order.effect.is_none() {
+            return self.hold(chosen).map(|()| None);
         }
         if !self.sent[chosen].checked {
             let sent = &mut self.sent[chosen];
             sent.checked = true;
-            if fenced && sent.epoch != self.stored.epoch {
-                let sent = self.sent.remove(chosen);
-                self.outcomes.push((sent.number, Err(lost_claim())));
-            } else if fenced && !any_order && sent.from.is_some_and(|from| from != self.stored.position) {
-                let sent = self.sent.remove(chosen);
-                self.outcomes.push((sent.number, Err(Error::bug("the checkpoint is not what it was read as"))));
+            if fenced && sent.order.epoch != self.stored.epoch {
+                self.failed(chosen, lost_claim());
+            } else if fenced && !any_order && sent.order.from.is_some_and(|from| from != self.stored.position) {
+                self.failed(chosen, Error::bug("the checkpoint is not what it was read as"));
+            } else if self.held.iter().any(|held| held.backend != backend && held.keys & sent.order.keys != 0) {
+                return Err("a part waits for a transaction that has not ended on the source".into());
             }
             return Ok(None);
         }
-        let sent = self.sent.remove(chosen);
-        if fenced && sent.epoch != self.stored.epoch {
-            return Err(format!("a commit of epoch {} after epoch {} was claimed", sent.epoch, self.stored.epoch));
+        let Sent { number, order, .. } = self.sent.remove(chosen);
+        if fenced && order.epoch != self.stored.epoch {
+            return Err(format!("a commit of epoch {} after epoch {} was claimed", order.epoch, self.stored.epoch));
         }
+        self.held.retain(|held| held.backend != backend);
         let before = self.stored;
-        if let Err(error) = (sent.effect)(&mut self.stored) {
+        if let Some(Err(error)) = order.effect.map(|effect| effect(&mut self.stored)) {
             if error.class == Class::Bug {
                 return Err(error.message);
             }
             self.stored = before;
-            self.outcomes.push((sent.number, Err(error)));
+            self.outcomes.push((number, Err(error)));
             return Ok(None);
         }
-        self.logged(sent.durable);
-        self.outcomes.push((sent.number, Ok(())));
+        self.logged(order.durable);
+        self.outcomes.push((number, Ok(())));
         Ok(Some(Committed { orphan: self.backends[backend] != Backend::Serves }))
+    }
+
+    fn failed(&mut self, chosen: usize, error: Error) {
+        let sent = self.sent.remove(chosen);
+        self.outcomes.push((sent.number, Err(error)));
+    }
+
+    /// Rows come in a transaction that stays open. As far as the source's rows are concerned, nobody is in their way.
+    fn hold(&mut self, chosen: usize) -> Result<(), String> {
+        let Sent { number, order: Order { backend, epoch, keys, .. }, .. } = self.sent.remove(chosen);
+        if epoch == self.stored.epoch {
+            let beside = |sent: &Sent| sent.order.epoch == epoch && sent.order.effect.is_some() && sent.order.keys & keys != 0;
+            let is_there = |key: usize| keys & (1 << key) != 0 && self.stored.tables[LOADED_TABLE][key].is_some();
+            if self.sent.iter().any(beside) {
+                return Err("rows come early beside a part that they depend on".into());
+            }
+            if (0..KEYS).any(is_there) {
+                return Err("a row comes early that is there".into());
+            }
+        }
+        self.held.push(Held { backend, keys });
+        self.outcomes.push((number, Ok(())));
+        Ok(())
     }
 
     /// The stored state has changed by a commit.

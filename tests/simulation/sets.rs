@@ -3,8 +3,9 @@
 
 use crate::dice::Dice;
 use crate::history::{KEYLESS_TABLE, NULL, Row, Rows, TABLES, Tables, UNIQUE_TABLE, in_order};
+use crate::loads::LOADED_TABLE;
 use crate::mutants::Mutant;
-use sluice::engine::batch::{Batch, Cell, CellKind, Op};
+use sluice::engine::batch::{Batch, Cell, CellKind, Change, Op};
 use sluice::engine::coalesce::{Action, Order, Step, TableRule, Write, plan};
 
 /// The tables after the due changes, and how many of them touched one of several equal rows. An error is a change that does not
@@ -33,6 +34,39 @@ pub fn apply(before: &Tables, batch: &Batch, due: &[bool], mutant: Option<Mutant
         tables
     });
     if sets == rows { Ok((rows, of_equal)) } else { Err(format!("row by row: {rows:?}\nas sets:    {sets:?}")) }
+}
+
+/// Which keys of the loaded table the due changes touch, a bit for each.
+pub fn loaded_keys(batch: &Batch, due: &[bool]) -> u16 {
+    let mut keys = 0;
+    for (change, _) in batch.changes().iter().zip(due).filter(|(_, due)| **due) {
+        if batch.table(change).id as usize != LOADED_TABLE {
+            continue;
+        }
+        if change.op == Op::Truncate {
+            return u16::MAX;
+        }
+        let images = [change.old, change.new].map(|image| values(batch.cells(image), |cell| batch.bytes(cell)));
+        images.iter().filter_map(|values| values.key().ok()).for_each(|key| keys |= 1 << key);
+    }
+    keys
+}
+
+/// Rows that come, with their keys.
+///
+/// # Errors
+/// There is something else.
+pub fn inserted(batch: &Batch) -> Result<Vec<(usize, Row)>, String> {
+    let row = |change: &Change| {
+        let values = values(batch.cells(change.new), |cell| batch.bytes(cell));
+        match (change.op, values) {
+            (Op::Insert, Values { key: Some(key), unique: Some(unique), value: Some(value), toast: Some(toast) }) => {
+                Ok((key as usize, Row { unique, value, toast }))
+            }
+            (op, values) => Err(format!("{op:?} {values:?} comes early")),
+        }
+    };
+    batch.changes().iter().map(row).collect()
 }
 
 /// Any order that a table allows may be chosen for it.

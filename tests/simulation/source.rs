@@ -1,88 +1,26 @@
-//! The simulated source: slot, snapshots, publication, log.
+//! The simulated source: slot, snapshots, publication.
 
 use crate::faults::{Moment, Point};
 use crate::fence::{ConsistentPoint, Lock, Statement, unreachable};
-use crate::history::{DEFINITIONS, KEYLESS_TABLE, Kind, NULL, Row, RowChange, TABLES};
+use crate::history::TABLES;
+use crate::log::SimLog;
 use crate::mutants::Mutant;
 use crate::seen::Rare;
+use crate::tables::{MAPPED, by_name, number, table};
 use crate::world::{Reach, World};
 use sluice::connectors::postgres::Lsn;
-use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
 use sluice::engine::error::{Error, Result, reason};
 use sluice::engine::roles::{
-    BatchLimits, BulkFormat, BulkStream, ChangeLog, Fed, LogState, Proof, Range, Selection, Snapshot, Source, SourceIdentity,
+    BatchLimits, BulkFormat, BulkStream, Fed, LogState, Proof, Range, Selection, Snapshot, Source, SourceIdentity,
 };
 use sluice::engine::structure::SequenceValue;
-use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
+use sluice::engine::table::{MappedTable, QualifiedName};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
-use tokio::time::Instant;
+use std::sync::{Mutex, PoisonError};
 
 /// Ranges of each table.
 const RANGES: usize = 2;
-
-/// Each table under each of its definitions.
-static MAPPED: LazyLock<[[MappedTable; DEFINITIONS]; TABLES]> =
-    LazyLock::new(|| std::array::from_fn(|table| std::array::from_fn(|definition| mapped(table, definition, None))));
-/// As the log describes a table that is mapped under another definition.
-static DIFFERING: LazyLock<[[Arc<TableVersion>; DEFINITIONS]; TABLES]> = LazyLock::new(|| {
-    let version = |table, definition| mapped(table, definition, Some("column `v` has another type".into())).version;
-    std::array::from_fn(|table| std::array::from_fn(|definition| version(table, definition)))
-});
-static NUMBERS: LazyLock<Vec<String>> = LazyLock::new(|| (0..5000).map(|number| number.to_string()).collect());
-
-pub fn number(table: &MappedTable) -> usize {
-    table.version.id as usize
-}
-
-/// The definition that a table is mapped under.
-pub fn definition(table: &MappedTable) -> usize {
-    let columns = &table.version.columns;
-    let known = MAPPED[number(table)].iter().position(|mapped| mapped.version.columns == *columns);
-    known.expect("a definition of the simulation")
-}
-
-/// The number of a table of that name.
-pub fn by_name(name: &QualifiedName) -> usize {
-    MAPPED.iter().position(|[table, ..]| table.source() == name).expect("a table of the simulation")
-}
-
-pub fn table(number: usize, definition: usize) -> &'static MappedTable {
-    &MAPPED[number][definition]
-}
-
-fn mapped(table: usize, definition: usize, differs: Option<String>) -> MappedTable {
-    let has_key = table != KEYLESS_TABLE;
-    let column = |name: &str, declared: &str| Column {
-        name: name.into(),
-        type_id: 25,
-        type_name: QualifiedName::new("pg_catalog", "text"),
-        declared: declared.into(),
-        key: has_key && name == "k",
-        not_null: has_key && name == "k",
-        generated: None,
-        collation: None,
-    };
-    let name = QualifiedName::new("public", format!("t{table}"));
-    let declared = format!("type {definition}");
-    let columns = vec![column("k", "text"), column("u", "text"), column("v", &declared), column("t", "text")];
-    let identity = if has_key { Identity::Key } else { Identity::Full };
-    let version = TableVersion { id: table as u32, name: name.clone(), columns, identity, differs };
-    MappedTable {
-        version: Arc::new(version),
-        target: name,
-        generated: Vec::new(),
-        excluded: Vec::new(),
-        accept_narrower_types: false,
-        primary_key: if has_key { vec!["k".into()] } else { Vec::new() },
-        primary_key_name: None,
-        estimated_rows: 8,
-        blocks: 4,
-        structure: Arc::default(),
-    }
-}
 
 /// How often it is looked whether the locks are free before the taking is given up.
 const LOCK_TRIES: u32 = 200;
@@ -131,7 +69,7 @@ impl SimSource {
                 }
                 world.serve_source();
                 let World { history, dice, .. } = &mut *world;
-                history.step(dice);
+                (0..3).for_each(|_| history.step(dice));
             }
             self.reach.step().await;
         };
@@ -309,23 +247,9 @@ impl Source for SimSource {
         if slot.confirmed > from.0 {
             return Err(Error::stop(reason::CHECKPOINT_BEHIND_SLOT, format!("{from} can't be read, the slot is at {}", slot.confirmed)));
         }
-        let mut definitions = [None; TABLES];
-        tables.iter().for_each(|table| definitions[number(table)] = Some(definition(table)));
-        let next = world.history.transactions.partition_point(|transaction| transaction.commit_start < from.0);
         self.sessions()[Lock::Slots as usize] = None;
-        Ok(SimLog {
-            reach: self.reach.clone(),
-            session,
-            timeline,
-            definitions,
-            next,
-            inside: 0,
-            limit: limits.rows,
-            received: from.0,
-            quiet_until: None,
-            described: [None; TABLES],
-            announced: 0,
-        })
+        drop(world);
+        Ok(SimLog::open(self.reach.clone(), session, timeline, from.0, tables, limits.rows))
     }
 
     async fn left_timeline_at(&self, timeline: i64) -> Result<Option<Lsn>> {
@@ -410,167 +334,4 @@ impl Snapshot for SimSnapshot {
     }
 
     async fn close(self) {}
-}
-
-/// Hands out a few transactions, or a piece of one.
-pub struct SimLog {
-    reach: Reach,
-    session: usize,
-    timeline: i64,
-    /// Under which the tables are mapped.
-    definitions: [Option<usize>; TABLES],
-    next: usize,
-    inside: usize,
-    limit: usize,
-    received: u64,
-    quiet_until: Option<Instant>,
-    /// The definitions as the log has told them last, and how often it has told one.
-    described: [Option<usize>; TABLES],
-    announced: u64,
-}
-
-impl ChangeLog for SimLog {
-    type Position = Lsn;
-
-    async fn next(&mut self) -> Result<Part<Lsn>> {
-        self.reach.io(Point::Next).await?;
-        loop {
-            let over = {
-                let mut world = self.reach.world();
-                if world.history.timeline() != self.timeline || !world.source.serves(self.session) {
-                    return Err(unreachable());
-                }
-                let more = self.next < world.history.transactions.len();
-                // The link is slow: what is in the log is not here yet.
-                if more && world.dice.chance(700) {
-                    break;
-                }
-                // A keepalive tells the end of the log when everything was received.
-                let keepalive = !more && world.dice.chance(300);
-                if keepalive || world.breaks(Mutant::JoinOnSilence) && self.inside == 0 && world.dice.chance(100) {
-                    self.received = world.history.end;
-                    return Ok(Part::idle(Lsn(self.received)));
-                }
-                world.wear_out(20);
-                let World { history, dice, .. } = &mut *world;
-                history.step(dice);
-                history.is_over()
-            };
-            // Kept over calls: a call that is cancelled must not begin to wait anew.
-            let pause = Duration::from_millis(if over { 2000 } else { 10 });
-            let until = *self.quiet_until.get_or_insert_with(|| Instant::now() + pause);
-            tokio::time::sleep_until(until).await;
-            self.quiet_until = None;
-            self.reach.step().await;
-        }
-        let reach = self.reach.clone();
-        let world = reach.world();
-        Ok(self.take(&world))
-    }
-
-    fn confirm(&self, durable: &Lsn) {
-        let mut world = self.reach.world();
-        let flushed = world.server.flushed.position;
-        world.require(flushed.is_some_and(|flushed| durable.0 <= flushed), || format!("{durable} was confirmed, {flushed:?} is durable"));
-        let is_there = world.history.timeline() == self.timeline && world.source.serves(self.session);
-        if let Some(slot) = world.history.slot.as_mut().filter(|_| is_there) {
-            slot.confirmed = slot.confirmed.max(durable.0);
-        }
-    }
-
-    fn announced(&self) -> u64 {
-        self.announced
-    }
-
-    fn received(&self) -> (Lsn, Lsn) {
-        (Lsn(self.received), Lsn(self.reach.world().history.end))
-    }
-}
-
-impl Drop for SimLog {
-    fn drop(&mut self) {
-        self.reach.leave_source(self.session);
-    }
-}
-
-impl SimLog {
-    fn take(&mut self, world: &World) -> Part<Lsn> {
-        let mut part = Part { continues: self.inside > 0, ..Part::idle(Lsn(self.received)) };
-        while let Some(transaction) = world.history.transactions.get(self.next) {
-            while let Some(change) = transaction.changes.get(self.inside) {
-                if part.batch.changes().len() >= self.limit {
-                    part.open = true;
-                    let early = u64::from(world.breaks(Mutant::OpenTransactionByGreater));
-                    part.open_from = Some(Lsn(transaction.commit_start - early));
-                    return part;
-                }
-                self.inside += 1;
-                if change.published && !matches!(change.kind, Kind::Alter) {
-                    let described = self.described[change.table].replace(change.definition);
-                    self.announced += u64::from(described != Some(change.definition));
-                    let is_mapped = self.definitions[change.table].is_none_or(|mapped| mapped == change.definition);
-                    let version = if is_mapped {
-                        &table(change.table, change.definition).version
-                    } else {
-                        &DIFFERING[change.table][change.definition]
-                    };
-                    push(&mut part.batch, version, change, world.history.full_images);
-                }
-            }
-            let end = if world.breaks(Mutant::BeginInsteadOfEnd) { transaction.commit_start } else { transaction.end };
-            part.boundaries.push(Boundary { changes: part.batch.changes().len(), end: Lsn(end), committed_at: SystemTime::UNIX_EPOCH });
-            part.received = Lsn(end);
-            self.received = transaction.end;
-            self.next += 1;
-            self.inside = 0;
-            if part.continues || part.batch.changes().len() + 2 > self.limit {
-                break;
-            }
-        }
-        part
-    }
-}
-
-/// As pgoutput sends it: the old key where it has changed or else the whole old row, no value for what is large and unchanged.
-fn push(batch: &mut Batch, version: &Arc<TableVersion>, change: &RowChange, full_images: bool) {
-    let has_key = change.table != KEYLESS_TABLE;
-    let number = |batch: &mut Batch, number: u32| match NUMBERS.get(number as usize) {
-        Some(text) => batch.push_cell(CellKind::Text, text.as_bytes()),
-        None if number == NULL => batch.push_cell(CellKind::Null, b""),
-        None => batch.push_cell(CellKind::Text, number.to_string().as_bytes()),
-    };
-    let image = |batch: &mut Batch, key: usize, values: [Option<u32>; 3]| {
-        let image = batch.begin_image();
-        number(batch, if has_key { key as u32 } else { NULL });
-        for value in values {
-            match value {
-                Some(value) => number(batch, value),
-                None => batch.push_cell(CellKind::Unchanged, b""),
-            }
-        }
-        batch.end_image(image)
-    };
-    let whole = |batch: &mut Batch, key: usize, row: Row| image(batch, key, [row.unique, row.value, row.toast].map(Some));
-    let full = change.before.filter(|_| full_images || !has_key);
-    let old_image = |batch: &mut Batch, key: usize| match full {
-        Some(row) => whole(batch, key, row),
-        None => image(batch, key, [Some(NULL); 3]),
-    };
-    let mut group = 0;
-    let (op, old, new) = match change.kind {
-        Kind::Insert { key, row } => (Op::Insert, Image::ABSENT, whole(batch, key, row)),
-        Kind::Update { old, key, row, toast_sent } => {
-            let before = if old == key && full.is_none() { Image::ABSENT } else { old_image(batch, old) };
-            let toast = toast_sent.then_some(row.toast);
-            (Op::Update, before, image(batch, key, [Some(row.unique), Some(row.value), toast]))
-        }
-        Kind::Delete { key } => (Op::Delete, old_image(batch, key), Image::ABSENT),
-        Kind::Truncate { group: of } => {
-            group = of;
-            (Op::Truncate, Image::ABSENT, Image::ABSENT)
-        }
-        Kind::Alter => return,
-    };
-    let table = batch.intern_table(version);
-    batch.push(Change { op, table, old, old_is_full: full.is_some() && old.is_present(), new, group });
 }

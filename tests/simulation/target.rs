@@ -5,8 +5,8 @@ use crate::faults::{Moment, Point};
 use crate::history::{KEYLESS_TABLE, KEYS, Row, in_order};
 use crate::mutants::Mutant;
 use crate::seen::Rare;
-use crate::server::{Effect, Entry, Stored, ended, lost_claim};
-use crate::source::{number, table};
+use crate::server::{Effect, Entry, Order, Stored, ended, lost_claim};
+use crate::tables::{number, table};
 use crate::world::Reach;
 use futures::TryStreamExt as _;
 use sluice::connectors::postgres::Lsn;
@@ -36,7 +36,8 @@ impl Connection {
     /// One transaction, from its beginning to the answer.
     pub async fn transaction(&self, point: Point, epoch: i64, from: Option<Option<u64>>, durable: bool, effect: Effect) -> Result<()> {
         self.reach.io(point).await?;
-        let number = self.reach.world().server.send(self.backend, epoch, from, durable, effect)?;
+        let order = Order { backend: self.backend, epoch, from, durable, keys: 0, effect: Some(effect) };
+        let number = self.reach.world().server.send(order)?;
         self.reach.strike(point, Moment::Committing).await?;
         self.outcome(number).await?;
         self.reach.strike(point, Moment::After).await
@@ -80,7 +81,10 @@ impl SimTarget {
             {
                 let mut world = self.0.world();
                 let left_alone = world.breaks(Mutant::OldBackendsNotEnded) || world.breaks(Mutant::FenceLeftOut);
-                if !left_alone {
+                // The early lane's session has the name of the claim, like those of range copies.
+                if world.breaks(Mutant::EarlyLaneLeftAlone) {
+                    world.server.end_all_but_early();
+                } else if !left_alone {
                     world.server.end_all();
                 }
                 if !world.server.is_locked() || world.breaks(Mutant::FenceLeftOut) {

@@ -4,7 +4,8 @@ use crate::faults::Faults;
 use crate::history::TABLES;
 use crate::mutants::Mutant;
 use crate::seen::{Rare, Seen};
-use crate::source::{SimSource, table};
+use crate::source::SimSource;
+use crate::tables::table;
 use crate::target::SimTarget;
 use crate::world::{Reach, World};
 use sluice::engine::error::{Class, Error, reason};
@@ -30,7 +31,10 @@ pub fn simulate(seed: u64, mutant: Option<Mutant>) -> Lived {
     runtime.block_on(live(&world));
     drop(runtime);
     let world = Arc::into_inner(world).expect("all workers are gone").into_inner().expect("no panic while the world is held");
-    Lived { seen: world.seen, faults: world.faults, violation: world.violation }
+    let mut seen = world.seen;
+    seen.note_all(Rare::CopyWaited, world.history.copies_waited);
+    seen.note_all(Rare::CopyFailed, world.history.copies_failed);
+    Lived { seen, faults: world.faults, violation: world.violation }
 }
 
 async fn live(world: &Arc<Mutex<World>>) {
@@ -85,7 +89,7 @@ async fn round(world: &Arc<Mutex<World>>, last: bool, lost: &mut Lost) {
         world.begin_anew();
         let over = world.begin_round(last);
         let mapped: Vec<usize> = (0..TABLES).filter(|table| world.mapped[*table]).collect();
-        let chance = if world.server.stored.position.is_some() { 300 } else { 800 };
+        let chance = if world.server.stored.position.is_some() { 300 } else { 900 };
         let second = !last && world.dice.chance(chance);
         (mapped, over, second)
     };

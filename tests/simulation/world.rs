@@ -167,7 +167,7 @@ impl World {
             self.history.crash();
             self.source.crash();
         }
-        if self.dice.chance(4) && self.history.take_out(&mut self.dice) {
+        if self.dice.chance(6) && self.history.take_out(&mut self.dice) {
             self.seen.note(Rare::TakenOut);
         }
         if self.dice.chance(3) && self.history.fail_over(&mut self.dice) {
@@ -179,13 +179,15 @@ impl World {
 
     /// Steps that a worker sleeps through before its next call.
     fn pause(&mut self, point: Point, is_lost: bool) -> u32 {
-        // Between a claim and what is done on the source under it much may happen.
-        let often = match point {
-            Point::Take | Point::CreateLog if self.server.stored.position.is_none() => 30,
-            Point::Take => 10,
-            _ => 1,
+        // Between a claim and what is done on the source under it much may happen, most of all when there is nothing yet.
+        let is_new = self.server.stored.position.is_none();
+        let (often, longest) = match point {
+            Point::Take if is_new => (30, 150),
+            Point::CreateLog if is_new => (30, 100),
+            Point::Take => (10, 100),
+            _ => (1, 100),
         };
-        let (chance, longest) = if is_lost { (80, 300) } else { (self.pauses * often, 100) };
+        let (chance, longest) = if is_lost { (80, 300) } else { (self.pauses * often, longest) };
         if self.last_round || chance == 0 || !self.dice.chance(chance) {
             return self.dice.below(2);
         }
