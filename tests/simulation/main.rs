@@ -32,7 +32,7 @@ use worker::{Lived, simulate};
 /// Histories of one run.
 const ENOUGH: u64 = 20_000;
 /// Within so many histories each broken rule must show.
-const MUTANT_SEEDS: u64 = 600;
+const MUTANT_SEEDS: u64 = 2000;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
