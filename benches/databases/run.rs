@@ -67,7 +67,7 @@ impl<'a> Meter<'a> {
 pub fn worker(servers: &Servers, source: &str, target: &str, tables: &[&str], change: impl FnOnce(&mut Desired)) -> Worker {
     Worker::start_with((&servers.source, source), (&servers.target, target), tables, |desired| {
         let snapshot = &mut desired.snapshot;
-        (snapshot.rows_per_partition, snapshot.tables_in_parallel, snapshot.workers_per_table) = (250_000, 4, 4);
+        (snapshot.rows_per_partition, snapshot.tables_in_parallel, snapshot.workers_per_table) = (250_000, 4, 2);
         let stream = &mut desired.stream;
         (stream.max_batch_rows, stream.max_batch_bytes, stream.max_delay_milliseconds) = (100_000, 16 << 20, 5);
         change(desired);

@@ -113,7 +113,7 @@ pub struct Snapshot {
     /// What to do with rows found in a target table before its first copy.
     #[serde(default)]
     pub existing_rows: ExistingRows,
-    /// Ranges of one table copied at a time; 4 when absent.
+    /// Ranges of one table copied at a time; 2 when absent.
     #[schemars(range(min = 1, max = 64))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workers_per_table: Option<i32>,

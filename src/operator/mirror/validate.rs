@@ -172,14 +172,14 @@ fn snapshot(spec: &MirrorSpec) -> Result<SnapshotSpec, Problem> {
         }
         _ => {}
     }
-    let knob = |of: fn(&Snapshot) -> Option<i32>| number(given.and_then(of), 4);
     Ok(SnapshotSpec {
         enabled,
         truncate: given.is_some_and(|given| given.existing_rows == ExistingRows::Truncate),
         start_position,
         rows_per_partition: number(given.and_then(|given| given.rows_per_partition), 250_000),
-        tables_in_parallel: knob(|given| given.tables_in_parallel),
-        workers_per_table: knob(|given| given.workers_per_table),
+        tables_in_parallel: number(given.and_then(|given| given.tables_in_parallel), 4),
+        // More cost the target more of its CPU time (benches/results/2026-11-21-workers.md).
+        workers_per_table: number(given.and_then(|given| given.workers_per_table), 2),
         indexes: given.is_none_or(|given| given.indexes),
         foreign_keys: given.is_none_or(|given| given.foreign_keys),
     })
@@ -256,7 +256,7 @@ pub(super) mod tests {
                 start_position: None,
                 rows_per_partition: 250_000,
                 tables_in_parallel: 4,
-                workers_per_table: 4,
+                workers_per_table: 2,
                 indexes: true,
                 foreign_keys: true,
             }
