@@ -2,7 +2,7 @@
 
 use super::problem::Problem;
 use crate::engine::error::reason;
-use crate::resources::{ExistingRows, MirrorSpec, NarrowerTypes, Schema, Snapshot, Table, TargetTriggers};
+use crate::resources::{ExistingRows, MirrorSpec, NarrowerTypes, Schema, Table, TargetTriggers};
 use crate::worker::contract::{EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec};
 use std::collections::BTreeMap;
 
