@@ -368,6 +368,34 @@ async fn truncate_is_one_statement_for_all_its_tables() {
     assert_equal(&left, &right, &TABLES).await;
 }
 
+/// For a while two rows may share a key that is checked later, so it names neither of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_exchange_a_primary_key_that_is_checked_at_the_commit() {
+    let (source, target, left, right) = pair(15).await;
+    left.batch_execute(
+        "CREATE TABLE places (id int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED, name text, n int);
+         ALTER TABLE places REPLICA IDENTITY FULL;
+         INSERT INTO places SELECT g, 'name ' || g, 0 FROM generate_series(1, 1000) g",
+    )
+    .await
+    .unwrap();
+    let worker = Worker::start((&source, "shop"), (&target, "dw"), &["places"]);
+    worker.wait_streaming().await;
+    for change in [
+        "UPDATE places SET id = 3 - id WHERE id < 3",
+        "UPDATE places SET id = 1 + id % 500 WHERE id <= 500",
+        "UPDATE places SET id = 7 WHERE id = 8; UPDATE places SET n = 1 WHERE name = (SELECT min(name) FROM places WHERE id = 7); \
+         UPDATE places SET id = 8 WHERE id = 7 AND n = 0; DELETE FROM places WHERE id = 9",
+        "INSERT INTO places VALUES (600, 'second', 2); DELETE FROM places WHERE id = 600 AND n = 0",
+    ] {
+        left.batch_execute(&format!("BEGIN; {change}; COMMIT")).await.unwrap();
+    }
+    worker.wait_level(&left).await;
+    assert_equal(&left, &right, &["places"]).await;
+    let deferred = "SELECT condeferrable AND condeferred FROM pg_constraint WHERE conrelid = 'places'::regclass AND contype = 'p'";
+    assert!(right.query_one(deferred, &[]).await.unwrap().get::<_, bool>(0), "the target's key is the source's");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_ends_the_worker_in_time_with_its_position_kept() {
     let (source, target, left, right) = pair(15).await;

@@ -84,7 +84,7 @@ pub struct MappedTable {
     pub excluded: Vec<String>,
     /// Columns of the target may have narrower type modifiers.
     pub accept_narrower_types: bool,
-    /// Columns of the primary key, in key order; empty without one.
+    /// Columns of the primary key, in key order; empty without one that names rows at any moment.
     pub primary_key: Vec<String>,
     /// Name of the primary key's constraint.
     pub primary_key_name: Option<String>,

@@ -240,6 +240,8 @@ fn mapped(relation: &Relation, wish: &Wish, key: &Key) -> MappedTable {
     let primary_key = relation.primary_key.as_ref();
     // A key that holds a column which does not go along can't be made on the target.
     let primary_key = primary_key.filter(|key| !key.columns.iter().any(|name| wish.excluded.contains(name)));
+    // Rows may share a deferrable key until the end of a statement or transaction: it names none of them.
+    let primary_key = primary_key.filter(|key| !key.deferrable);
     MappedTable {
         version: Arc::new(TableVersion {
             id: relation.id,

@@ -92,6 +92,13 @@ fn a_full_identity_has_no_key_columns() {
 }
 
 #[test]
+fn a_deferrable_primary_key_names_no_row() {
+    let primary_key = orders().primary_key.map(|key| PrimaryKey { deferrable: true, ..key });
+    let table = map(&Relation { identity: DeclaredIdentity::Full, primary_key, ..orders() }, &wish(&[]), &server()).unwrap();
+    assert_eq!((table.primary_key, table.primary_key_name), (vec![], None));
+}
+
+#[test]
 fn a_primary_key_that_loses_a_column_is_not_mapped() {
     let relation = Relation {
         identity: columns(&["a"]),
