@@ -199,14 +199,20 @@ async fn a_target_that_stands_still_stops_the_reading() {
     let eager = |desired: &mut Desired| {
         (desired.stream.max_batch_rows, desired.stream.max_batch_bytes, desired.stream.apply_connections) = (1_000_000, 64 << 20, 8);
     };
-    let worker = follow(&source, &target, &["--memory-limit", "0"], eager).await;
-    let before = held(worker.pid());
+    let mut worker = follow(&source, &target, &["--memory-limit", "0"], eager).await;
     // Whenever the source describes a table anew, the worker looks at the publication with nothing in flight. When that happens while
-    // the target stands still, one batch alone is in flight: then it is done again.
+    // the target stands still, one batch alone is in flight: then it is done again, by a new process, so that what it held before is
+    // known each time.
     let mut in_flight = false;
     let mut rows = 0;
     while !in_flight {
         assert!(rows < 5 * WAITING_ROWS, "never are several batches in flight");
+        if rows > 0 {
+            worker.kill9();
+            worker.spawn();
+            worker.wait_streaming().await;
+        }
+        let before = held(worker.pid());
         right.batch_execute("BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE").await.expect("a lock");
         let watch = Watch::start(&worker);
         for from in (rows + 1..=rows + WAITING_ROWS).step_by(1000) {
