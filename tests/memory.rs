@@ -29,6 +29,8 @@ const MIB: u64 = 1 << 20;
 const LEAST: u64 = 16 * MIB;
 /// What a worker may hold besides its log when it applies, in MiB: what it knows of the rows of a batch, and fragments.
 const SLACK: u64 = 12;
+/// Times that a target stands still on one process.
+const STANDSTILLS: u64 = 10;
 /// What a log may hold beyond its memory for a moment: one read.
 const READ: u64 = MIB / 4;
 
@@ -195,10 +197,6 @@ async fn a_spill_of_64_mib_holds_no_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_that_stands_still_stops_the_reading() {
     let (source, target, left, right) = pair().await;
-    // As much as possible would be in flight: large batches without a row in common, and connections enough.
-    let eager = |desired: &mut Desired| {
-        (desired.stream.max_batch_rows, desired.stream.max_batch_bytes, desired.stream.apply_connections) = (1_000_000, 64 << 20, 8);
-    };
     let mut worker = follow(&source, &target, &["--memory-limit", "0"], eager).await;
     // Whenever the source describes a table anew, the worker looks at the publication with nothing in flight. When that happens while
     // the target stands still, one batch alone is in flight: then it is done again, by a new process, so that what it held before is
@@ -213,12 +211,9 @@ async fn a_target_that_stands_still_stops_the_reading() {
             worker.wait_streaming().await;
         }
         let before = held(worker.pid());
-        right.batch_execute("BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE").await.expect("a lock");
+        right.batch_execute(LOCK).await.expect("a lock");
         let watch = Watch::start(&worker);
-        for from in (rows + 1..=rows + WAITING_ROWS).step_by(1000) {
-            left.batch_execute(&insert(from, from + 999)).await.expect("rows");
-        }
-        rows += WAITING_ROWS;
+        rows = write_waiting(&left, rows).await;
         stands_still(&worker).await;
         let many = "SELECT count(*) > 2 FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
         in_flight = target.connect("dw").await.query_one(many, &[]).await.expect("an answer").get(0);
@@ -231,9 +226,50 @@ async fn a_target_that_stands_still_stops_the_reading() {
     assert_same(&left, &right, rows).await;
 }
 
+/// What was held once is given back or used again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_stands_still_again_and_again_takes_no_more_each_time() {
+    let (source, target, left, right) = pair().await;
+    let worker = follow(&source, &target, &["--memory-limit", "0"], eager).await;
+    let begun = held(worker.pid());
+    let mut rows = 0;
+    for _ in 0..STANDSTILLS {
+        right.batch_execute(LOCK).await.expect("a lock");
+        let watch = Watch::start(&worker);
+        rows = write_waiting(&left, rows).await;
+        memory_is_used_up(&worker).await;
+        right.batch_execute("COMMIT").await.expect("a commit");
+        worker.wait_level(&left).await;
+        let (most, _) = watch.end();
+        println!("{begun} MiB at the start, {most} MiB at the most");
+        assert!(most <= begun + LEAST / MIB + SLACK, "the worker held {most} MiB, {begun} MiB at the start");
+    }
+    assert_same(&left, &right, rows).await;
+}
+
+/// As much as possible would be in flight: large batches without a row in common, and connections enough.
+fn eager(desired: &mut Desired) {
+    (desired.stream.max_batch_rows, desired.stream.max_batch_bytes, desired.stream.apply_connections) = (1_000_000, 64 << 20, 8);
+}
+
+/// Nothing can be written to the target until its transaction ends.
+const LOCK: &str = "BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE";
+
+/// Writes more rows than fit into the memory of a log, in small transactions; how many there are then.
+async fn write_waiting(left: &Client, rows: u64) -> u64 {
+    for from in (rows + 1..=rows + WAITING_ROWS).step_by(1000) {
+        left.batch_execute(&insert(from, from + 999)).await.expect("rows");
+    }
+    rows + WAITING_ROWS
+}
+
+async fn memory_is_used_up(worker: &Worker) {
+    worker.wait_for(60, "the memory is used up", |status| status.log_memory_bytes.is_some_and(|bytes| bytes >= LEAST)).await;
+}
+
 /// The memory is used up, and nothing more is read.
 async fn stands_still(worker: &Worker) {
-    worker.wait_for(60, "the memory is used up", |status| status.log_memory_bytes.is_some_and(|bytes| bytes >= LEAST)).await;
+    memory_is_used_up(worker).await;
     let stopped = worker.status().await.expect("a status");
     assert_eq!(stopped.log_memory_limit_bytes, Some(LEAST));
     let begun = Instant::now();

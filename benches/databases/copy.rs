@@ -3,12 +3,13 @@
 //! The clock starts with the command: the start of the programs, or `CREATE SUBSCRIPTION`. Without keys it stops when all
 //! rows are visible. What one transaction brings is visible with its first row; a worker commits ranges, so its own count of
 //! committed rows is asked for and then proven by counting. With keys it stops when the key and the statistics are there too:
-//! when the program has ended, or the worker follows the log. A subscription needs the key from the start.
+//! when the program has ended, or the worker follows the log. A subscription needs the key from the start. What is to be on
+//! the target's disk is there when a worker follows the log, too.
 
 use crate::native::{self, Subscription};
 use crate::options::Options;
 use crate::run::{self, Meter, Sample, Samples};
-use crate::scenario::{Competitor, Copy, Scenario};
+use crate::scenario::{Commits, Competitor, Copy, Scenario};
 use crate::servers::{Servers, conninfo, contents, drop_database, drop_slot, expect_contents, fresh_database};
 use crate::{Result, visible};
 use std::path::Path;
@@ -88,7 +89,8 @@ impl Contest<'_> {
         let meter = Meter::begin(self.servers, None);
         let begin = Instant::now();
         let mut worker = run::worker(self.servers, SOURCE, TARGET, &["data"], |_| {});
-        let end = if self.copy.keys {
+        let end = if self.copy.keys || self.copy.commits == Commits::OnDisk {
+            // What follows the rows is committed with `synchronous_commit = on`, and with it the rows are on the disk.
             run::streaming(&worker).await?
         } else {
             visible::status(&worker, "all rows are copied", |status| status.rows_copied >= self.rows.unsigned_abs()).await?
@@ -146,7 +148,7 @@ impl Contest<'_> {
     async fn native(&self) -> Result<Sample> {
         let meter = Meter::begin(self.servers, None);
         let begin = Instant::now();
-        let subscription = Subscription { source: SOURCE, streaming: "parallel", synchronous: false, copy: true, enabled: true };
+        let subscription = Subscription { source: SOURCE, streaming: "parallel", commits: self.copy.commits, copy: true, enabled: true };
         subscription.create(self.servers, self.target).await?;
         let end = visible::first_row(self.target).await?;
         let sample = meter.end((end - begin).as_secs_f64(), None);

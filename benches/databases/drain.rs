@@ -106,11 +106,8 @@ impl Contest<'_> {
     /// A worker that has copied what is there and was stopped.
     async fn prepare_sluice(&self) -> Result<Worker> {
         let target = fresh_database(&self.servers.target, SLUICE).await?;
-        let mut worker = run::worker(self.servers, SOURCE, SLUICE, &["data", "mark"], |desired| {
-            if self.drain.synchronous {
-                desired.target.parameters.insert("synchronous_commit".into(), "on".into());
-            }
-        });
+        let mut worker =
+            run::worker(self.servers, SOURCE, SLUICE, &["data", "mark"], |desired| run::set_commits(desired, self.drain.commits));
         run::streaming(&worker).await?;
         run::suspend(&mut worker).await?;
         target.batch_execute("VACUUM (FREEZE, ANALYZE)").await?;
@@ -120,8 +117,7 @@ impl Contest<'_> {
     async fn prepare_native(&self) -> Result<Client> {
         let target = fresh_database(&self.servers.target, NATIVE).await?;
         self.fill(&target).await?;
-        let subscription =
-            Subscription { source: SOURCE, streaming: "parallel", synchronous: self.drain.synchronous, copy: false, enabled: false };
+        let subscription = Subscription { source: SOURCE, streaming: "parallel", commits: self.drain.commits, copy: false, enabled: false };
         subscription.create(self.servers, &target).await?;
         Ok(target)
     }

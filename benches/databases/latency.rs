@@ -6,7 +6,7 @@
 use crate::drain::row;
 use crate::options::Options;
 use crate::run::{self, Meter, Sample, Samples};
-use crate::scenario::Scenario;
+use crate::scenario::{Commits, Scenario};
 use crate::servers::{Servers, contents, expect_contents, fresh_database};
 use crate::transaction::Follower;
 use crate::{Result, visible};
@@ -26,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(1);
 const WARM_UP: usize = 250;
 
 /// Plays all rounds.
-pub async fn play(scenario: &Scenario, servers: &Servers, options: &Options) -> Result<Samples> {
+pub async fn play(scenario: &Scenario, commits: Commits, servers: &Servers, options: &Options) -> Result<Samples> {
     // At least 3 s, whatever the scale.
     let rows = options.rows(3750, 1).max(750);
     let mut samples = Samples::new();
@@ -35,7 +35,7 @@ pub async fn play(scenario: &Scenario, servers: &Servers, options: &Options) -> 
             let source = fresh_database(&servers.source, "origin").await?;
             let target = fresh_database(&servers.target, "copy").await?;
             source.batch_execute(crate::drain::TABLES).await?;
-            let follower = Follower::start(competitor, servers, &source, &target).await?;
+            let follower = Follower::start(competitor, commits, servers, &source, &target).await?;
             servers.settle().await?;
 
             let meter = Meter::begin(servers, follower.worker().map(crate::worker::Worker::pid));

@@ -116,8 +116,8 @@ async fn play(scenario: &Scenario, options: &Options) -> Result<run::Samples> {
     let outcome = match scenario.kind {
         Kind::Copy(copy) => copy::play(scenario, copy, servers, options).await,
         Kind::Drain(drain) => drain::play(scenario, drain, servers, options).await,
-        Kind::Transaction => transaction::play(scenario, servers, options).await,
-        Kind::Latency => latency::play(scenario, servers, options).await,
+        Kind::Transaction(commits) => transaction::play(scenario, commits, servers, options).await,
+        Kind::Latency(commits) => latency::play(scenario, commits, servers, options).await,
     };
     outcome.map_err(|error| format!("{error}\n{}", servers.last_words()).into())
 }

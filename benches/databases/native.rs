@@ -1,6 +1,7 @@
 //! Native logical replication.
 
 use crate::Result;
+use crate::scenario::Commits;
 use crate::servers::{Servers, conninfo};
 use crate::visible::until;
 use tokio_postgres::Client;
@@ -12,7 +13,7 @@ pub struct Subscription<'a> {
     /// `streaming`: on or parallel.
     pub streaming: &'a str,
     /// `synchronous_commit` of the apply worker; off is the server's default.
-    pub synchronous: bool,
+    pub commits: Commits,
     /// Rows that are there are copied.
     pub copy: bool,
     /// It begins at once.
@@ -30,9 +31,9 @@ pub async fn publish(source: &Client) -> Result<()> {
 impl Subscription<'_> {
     /// Makes slot and subscription.
     pub async fn create(&self, servers: &Servers, target: &Client) -> Result<()> {
-        let Self { source, streaming, synchronous, copy, enabled } = *self;
+        let Self { source, streaming, commits, copy, enabled } = *self;
         let connection = conninfo(&servers.source, source);
-        let synchronous = if synchronous { "on" } else { "off" };
+        let synchronous = if commits == Commits::OnDisk { "on" } else { "off" };
         let sql = format!(
             "CREATE SUBSCRIPTION {NAME} CONNECTION '{connection}' PUBLICATION {NAME}
              WITH (binary = true, streaming = {streaming}, synchronous_commit = {synchronous}, copy_data = {copy}, enabled = {enabled})"

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::process::{cpu, cpu_of_ended_children, peak_memory};
-use crate::scenario::{Competitor, Scenario};
+use crate::scenario::{Commits, Competitor, Scenario};
 use crate::servers::Servers;
 use crate::worker::Worker;
 use sluice::worker::contract::{Desired, Phase};
@@ -72,6 +72,13 @@ pub fn worker(servers: &Servers, source: &str, target: &str, tables: &[&str], ch
         (stream.max_batch_rows, stream.max_batch_bytes, stream.max_delay_milliseconds) = (100_000, 16 << 20, 5);
         change(desired);
     })
+}
+
+/// Lets the commits of a worker wait for the target's disk, or not.
+pub fn set_commits(desired: &mut Desired, commits: Commits) {
+    if commits == Commits::OnDisk {
+        desired.target.parameters.insert("synchronous_commit".into(), "on".into());
+    }
 }
 
 /// Waits until the worker follows the log.

@@ -6,7 +6,7 @@ use crate::drain::{TABLES, row};
 use crate::native::{self, Subscription};
 use crate::options::Options;
 use crate::run::{self, Meter, Samples};
-use crate::scenario::{Competitor, Scenario};
+use crate::scenario::{Commits, Competitor, Scenario};
 use crate::servers::{Servers, contents, drop_database, drop_slot, expect_contents, fresh_database};
 use crate::{Result, visible};
 use std::time::Instant;
@@ -16,7 +16,7 @@ const SOURCE: &str = "origin";
 const TARGET: &str = "copy";
 
 /// Plays all rounds.
-pub async fn play(scenario: &Scenario, servers: &Servers, options: &Options) -> Result<Samples> {
+pub async fn play(scenario: &Scenario, commits: Commits, servers: &Servers, options: &Options) -> Result<Samples> {
     let rows = options.rows(1_000_000, 1);
     let mut samples = Samples::new();
     for round in 0..options.rounds {
@@ -24,7 +24,7 @@ pub async fn play(scenario: &Scenario, servers: &Servers, options: &Options) -> 
             let source = fresh_database(&servers.source, SOURCE).await?;
             let target = fresh_database(&servers.target, TARGET).await?;
             source.batch_execute(TABLES).await?;
-            let follower = Follower::start(competitor, servers, &source, &target).await?;
+            let follower = Follower::start(competitor, commits, servers, &source, &target).await?;
             servers.settle().await?;
 
             let worker = follower.worker();
@@ -65,16 +65,16 @@ pub enum Follower {
 
 impl Follower {
     /// Connects a competitor to the tables `data` and `mark` of databases `origin` and `copy`.
-    pub async fn start(competitor: Competitor, servers: &Servers, source: &Client, target: &Client) -> Result<Self> {
+    pub async fn start(competitor: Competitor, commits: Commits, servers: &Servers, source: &Client, target: &Client) -> Result<Self> {
         if competitor == Competitor::Sluice {
-            let worker = run::worker(servers, SOURCE, TARGET, &["data", "mark"], |_| {});
+            let worker = run::worker(servers, SOURCE, TARGET, &["data", "mark"], |desired| run::set_commits(desired, commits));
             run::streaming(&worker).await?;
             return Ok(Self::Sluice(Box::new(worker)));
         }
         native::publish(source).await?;
         target.batch_execute(TABLES).await?;
         let streaming = if competitor == Competitor::NativeStreamingOn { "on" } else { "parallel" };
-        let subscription = Subscription { source: SOURCE, streaming, synchronous: false, copy: false, enabled: true };
+        let subscription = Subscription { source: SOURCE, streaming, commits, copy: false, enabled: true };
         subscription.create(servers, target).await?;
         native::streaming(source).await?;
         Ok(Self::Native)

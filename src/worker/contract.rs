@@ -25,6 +25,10 @@ pub const SOURCE_FOLDER: &str = "/etc/sluice/source";
 pub const TARGET_FOLDER: &str = "/etc/sluice/target";
 /// The emptyDir: copy of the last desired document, spill.
 pub const STATE_FOLDER: &str = "/var/lib/sluice";
+/// A variable of the worker's environment, and its value. From this size on, in bytes, glibc maps a block of memory by itself and gives it
+/// back when it is freed (mallopt(3), `M_MMAP_THRESHOLD`). Left alone, glibc raises the threshold up to 32 MiB as blocks are freed, and
+/// what is left in its heaps grew with each of 60 backlogs (`benches/results/2026-11-21-memory.md`).
+pub const MMAP_THRESHOLD: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "131072");
 
 /// What a worker shall do. Everything in it takes effect without a restart of the pod.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

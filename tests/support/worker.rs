@@ -3,7 +3,7 @@
 
 use crate::support::{Postgres, eventually, free_port};
 use serde_json::Value;
-use sluice::worker::contract::{Desired, EndpointSpec, MirrorId, SnapshotSpec, Status, StreamSpec, TableSpec};
+use sluice::worker::contract::{Desired, EndpointSpec, MMAP_THRESHOLD, MirrorId, SnapshotSpec, Status, StreamSpec, TableSpec};
 use sluice::worker::token::{SigningKey, sign};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -140,6 +140,7 @@ impl Worker {
             .arg("--state-folder")
             .arg(self.path("state"))
             .args(&self.arguments)
+            .envs([MMAP_THRESHOLD])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log file"))
             .stderr(log)

@@ -6,7 +6,7 @@ use crate::operator::Options;
 use crate::operator::slim::SlimMirror;
 use crate::resources::Worker;
 use crate::resources::names::{RESTART_HASH, selector_labels};
-use crate::worker::contract::{CONFIG_FOLDER, PORT, SOURCE_FOLDER, STATE_FOLDER, TARGET_FOLDER};
+use crate::worker::contract::{CONFIG_FOLDER, MMAP_THRESHOLD, PORT, SOURCE_FOLDER, STATE_FOLDER, TARGET_FOLDER};
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy};
 use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, KeyToPath,
@@ -175,7 +175,7 @@ fn container(image: &Image, resources: ResourceRequirements) -> Container {
     }
 }
 
-/// What the worker learns of its pod: its name, and how much memory and disk are its own.
+/// What the worker learns of its pod: its name, how much memory and disk are its own, and how its memory is to be had.
 fn environment(resources: &ResourceRequirements) -> Vec<EnvVar> {
     let field = ObjectFieldSelector { field_path: "metadata.name".to_owned(), api_version: Some("v1".to_owned()) };
     let variable = |name: &str, source: EnvVarSource| EnvVar { name: name.to_owned(), value_from: Some(source), ..EnvVar::default() };
@@ -192,7 +192,9 @@ fn environment(resources: &ResourceRequirements) -> Vec<EnvVar> {
     };
     let name = variable("POD_NAME", EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() });
     let storage = resource("SLUICE_STATE_LIMIT", "requests.ephemeral-storage");
-    [name, storage].into_iter().chain(memory.map(|memory| resource("SLUICE_MEMORY_LIMIT", memory))).collect()
+    let (threshold, value) = MMAP_THRESHOLD;
+    let threshold = EnvVar { name: threshold.to_owned(), value: Some(value.to_owned()), ..EnvVar::default() };
+    [name, threshold, storage].into_iter().chain(memory.map(|memory| resource("SLUICE_MEMORY_LIMIT", memory))).collect()
 }
 
 fn probe(path: &str, period: i32, failures: i32) -> Probe {
