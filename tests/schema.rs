@@ -325,6 +325,22 @@ fn a_start_position_goes_without_a_copy() {
 }
 
 #[test]
+fn a_budget_says_what_it_allows() {
+    const GIB: i64 = 1 << 30;
+    let budget = |budget: Value| mirror_rules(&with(mirror(), "/spec/walBudget", budget));
+    for good in [
+        json!({"warnBytes": GIB}),
+        json!({"warnBytes": GIB, "maxBytes": GIB, "action": "DropSlotAndResync"}),
+        json!({"maxBytes": GIB, "action": "DropSlot"}),
+    ] {
+        assert_eq!(budget(good), Ok(()));
+    }
+    refused(budget(json!({"action": "Warn"})), "give warnBytes, maxBytes or both");
+    refused(budget(json!({"warnBytes": 2 * GIB, "maxBytes": GIB})), "warnBytes may not be above maxBytes");
+    refused(budget(json!({"warnBytes": GIB, "action": "DropSlot"})), "needs maxBytes");
+}
+
+#[test]
 fn quantities_may_be_numbers_and_claims_are_not_offered() {
     let document = with(mirror(), "/spec/worker", json!({"resources": {"requests": {"cpu": 1, "memory": "1Gi"}}}));
     let worker = read::<Mirror>(&document).spec.worker.expect("a worker");

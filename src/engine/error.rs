@@ -139,7 +139,14 @@ pub mod reason {
         CHECKPOINT_BEHIND_SLOT = "CheckpointBehindSlot", "The slot was confirmed beyond the checkpoint: changes are gone.";
         TIMELINE_DIVERGED = "TimelineDiverged", "The source is on a timeline that left before the checkpoint.";
         SYSTEM_IDENTIFIER_CHANGED = "SystemIdentifierChanged", "The source is another server than the one first seen.";
-        SLOT_LOST = "SlotLost", "The source has invalidated the slot.";
+        SLOT_LOST = "SlotLost", "The source has thrown away log that the slot needs.";
+        SLOT_ROWS_REMOVED = "SlotRowsRemoved", "The slot was invalidated on a standby: rows of the catalog that it needs were removed.";
+        SLOT_WAL_LEVEL_INSUFFICIENT = "SlotWalLevelInsufficient", "The slot was invalidated on a standby: wal_level of the primary was not logical.";
+        SLOT_IDLE_TOO_LONG = "SlotIdleTooLong", "The source has invalidated the slot since nobody read from it for idle_replication_slot_timeout.";
+        SLOT_MISSING = "SlotMissing", "The slot is not on the source any more.";
+        SLOT_GIVEN_UP = "SlotGivenUp", "The slot was dropped since more log was kept for it than the budget allows.";
+        WAL_BUDGET_WARNING = "WalBudgetWarning", "The source keeps more log for the slot than walBudget.warnBytes.";
+        WAL_BUDGET_EXCEEDED = "WalBudgetExceeded", "The source keeps, or kept, more log for the slot than walBudget.maxBytes.";
         SLOT_AT_RISK = "SlotAtRisk", "Little is left of what the source may keep for the slot: it is going to be lost.";
         SLOT_IN_USE = "SlotInUse", "Another process reads from the slot.";
         START_POSITION_REQUIRED = "StartPositionRequired", "snapshot.enabled is false and nothing says where to start.";
@@ -159,4 +166,7 @@ pub mod reason {
         INVALID_SPEC = "InvalidSpec", "The specification can't be carried out.";
         INTERNAL_ERROR = "InternalError", "A defect of Sluice; please report it.";
     }
+
+    /// Why a source gives a slot up.
+    pub const LOST_SLOTS: &[&str] = &[SLOT_LOST, SLOT_ROWS_REMOVED, SLOT_WAL_LEVEL_INSUFFICIENT, SLOT_IDLE_TOO_LONG];
 }

@@ -7,7 +7,7 @@ use super::copy::{CopyJob, copy_tables, finish_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
 use super::progress::{Phase, Progress};
-use super::retention;
+use super::retention::{self, Action, Budget};
 use super::retry::Backoff;
 use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, TableCheckpoint, Target};
 use super::startup::{Facts, Start, check_mapping, decide};
@@ -35,6 +35,8 @@ pub struct StreamConfig {
     pub snapshot: SnapshotConfig,
     /// Limits of one batch.
     pub limits: BatchLimits,
+    /// How much log the source may keep for the stream.
+    pub budget: Budget,
 }
 
 /// How tables are copied.
@@ -98,9 +100,10 @@ where
     progress.begin_session();
     tokio::select! {
         biased;
-        ended = session(&source, &target, config, progress, stop, held) => ended,
-        never = retention::watch(&*source, progress) => match never {},
+        ended = session(&source, &target, config, progress, stop, held) => return ended,
+        () = retention::watch(&*source, &config.budget, progress) => {}
     }
+    Err(retention::give_up(&*source, &config.slot).await)
 }
 
 async fn session<S, T>(
@@ -212,6 +215,11 @@ where
     let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let handover = match start {
         Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
+        Start::Again => {
+            progress.begin_copy(0, 0);
+            applier.start_over().await?;
+            fresh(&mut job, &mut applier, &tables, identity.timeline, false).await?
+        }
         Start::From(position) => {
             source.publish(&tables, &[]).await?;
             applier.initialize(&position, identity.timeline).await?;
@@ -283,6 +291,7 @@ async fn begin<S: Source>(
     log_intended: bool,
 ) -> Result<Start<S::Position>> {
     let log = source.log_state().await?;
+    let given_up = checkpoint.is_some() && log.is_none() && source.given_up().await?;
     let left_at = match checkpoint {
         Some(checkpoint) if checkpoint.timeline != *timeline => source.left_timeline_at(checkpoint.timeline).await?,
         _ => None,
@@ -292,6 +301,8 @@ async fn begin<S: Source>(
         checkpoint,
         log_intended,
         log: log.as_ref(),
+        given_up,
+        copies_again: config.budget.action == Action::DropSlotAndResync,
         timeline: *timeline,
         left_at: left_at.as_ref(),
         snapshot: config.snapshot.enabled,

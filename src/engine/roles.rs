@@ -1,9 +1,9 @@
 //! What a connector offers: small roles, each implemented by the systems that can.
 
 use super::batch::Part;
-use super::error::Result;
+use super::error::{Error, Result};
 use super::position::Position;
-use super::retention::Retention;
+use super::retention::{Lost, Retention};
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
 use bytes::Bytes;
@@ -101,8 +101,8 @@ pub struct SchemaSelection {
 pub struct LogState<P> {
     /// Position that was confirmed last: nothing up to it is sent again.
     pub confirmed: P,
-    /// The source has thrown the log away; why.
-    pub lost: Option<String>,
+    /// The source has given it up; why.
+    pub lost: Option<Lost>,
     /// Process that reads from it now.
     pub active: Option<i32>,
 }
@@ -206,6 +206,17 @@ pub trait Source: Send + Sync + 'static {
     /// What is kept of the log for this stream; `None` when the source can't tell.
     fn retention(&self) -> impl Future<Output = Result<Option<Retention>>> + Send {
         async { Ok(None) }
+    }
+
+    /// Drops the lasting slot, so that the source keeps no more log for it, and notes before that it was on purpose. Ends whatever
+    /// of ours still uses it. Needs no claim: the stream ends.
+    fn give_up(&self) -> impl Future<Output = Result<()>> + Send {
+        async { Err(Error::bug("this source keeps no log that could be given up")) }
+    }
+
+    /// Whether [`Self::give_up`] has dropped the slot. [`Self::publish`] forgets it.
+    fn given_up(&self) -> impl Future<Output = Result<bool>> + Send {
+        async { Ok(false) }
     }
 
     /// What a slow set-up waits for, for people: for example old transactions with their pids and age.
@@ -480,6 +491,10 @@ pub trait Apply: Proof + 'static {
 
     /// Writes the first checkpoint of a stream that has none.
     fn initialize(&mut self, position: &Self::Position, timeline: i64) -> impl Future<Output = Result<()>> + Send;
+
+    /// Forgets the position and every copy, so that the stream begins like a new one, and notes that its slot is about to be made:
+    /// all in one transaction. Rows stay until their tables are copied.
+    fn start_over(&mut self) -> impl Future<Output = Result<()>> + Send;
 
     /// Writes the timeline that the source is on now, after a failover that kept everything.
     fn set_timeline(&mut self, timeline: i64) -> impl Future<Output = Result<()>> + Send;

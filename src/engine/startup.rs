@@ -4,7 +4,8 @@
 
 use super::error::{Error, Result, reason};
 use super::position::Position;
-use super::roles::{Checkpoint, LogState, Selection};
+use super::retention;
+use super::roles::{Checkpoint, LogState, Selection, TableCheckpoint};
 use std::collections::HashMap;
 
 /// How a stream begins.
@@ -15,6 +16,8 @@ pub enum Start<P> {
         /// A slot of ours that never got a checkpoint is dropped first.
         drop_unfinished: bool,
     },
+    /// The slot was given up on purpose: what the target holds is forgotten, then as [`Self::Fresh`].
+    Again,
     /// The target equals the source at this position, by the user's word: no copy.
     From(P),
     /// Go on after the checkpoint.
@@ -35,6 +38,10 @@ pub struct Facts<'a, P> {
     pub log_intended: bool,
     /// From the source: the slot.
     pub log: Option<&'a LogState<P>>,
+    /// From the source: the slot is missing since it was given up on purpose.
+    pub given_up: bool,
+    /// Tables of a stream whose slot was given up are copied anew.
+    pub copies_again: bool,
     /// The source's timeline now.
     pub timeline: i64,
     /// Where the source's history left the checkpoint's timeline.
@@ -50,14 +57,13 @@ pub struct Facts<'a, P> {
 /// # Errors
 /// Class `Stop` with a reason for every case that may not be continued.
 pub fn decide<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>> {
-    if let Some(lost) = facts.log.and_then(|log| log.lost.as_deref()) {
-        return Err(Error::stop(
-            reason::SLOT_LOST,
-            format!("the source has invalidated slot {slot} ({lost}): changes are gone, the tables need a new copy"),
-        ));
+    if let Some(lost) = facts.log.and_then(|log| log.lost.as_ref()) {
+        let message = format!("the source has invalidated slot {slot} ({}): changes are gone, the tables need a new copy", lost.cause);
+        return Err(Error::stop(lost.reason, message));
     }
     match (facts.checkpoint, facts.log) {
         (Some(checkpoint), Some(log)) => resume(slot, facts, checkpoint, log),
+        (Some(checkpoint), None) if facts.given_up => after_giving_up(slot, facts, checkpoint),
         (Some(checkpoint), None) => Err(Error::stop(
             reason::CHECKPOINT_WITHOUT_SLOT,
             format!(
@@ -110,6 +116,22 @@ fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint
     Ok(Start::Resume { position: position.clone(), left_at: Some(left_at.clone()) })
 }
 
+/// A copy in whose time the budget does not last would be given up and begun again for ever: only a stream that once followed is copied
+/// anew.
+fn after_giving_up<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint<P>) -> Result<Start<P>> {
+    let followed = !checkpoint.tables.is_empty() && checkpoint.tables.values().all(TableCheckpoint::is_copied);
+    if !facts.copies_again || !facts.snapshot {
+        return Err(Error::stop(reason::SLOT_GIVEN_UP, retention::given_up(slot)));
+    }
+    if !followed {
+        let message = format!(
+            "slot {slot} was dropped at walBudget.maxBytes before all tables were copied; a new copy would end likewise: raise maxBytes, then delete the Mirror and create it again, with snapshot.existingRows: Truncate"
+        );
+        return Err(Error::stop(reason::SLOT_GIVEN_UP, message));
+    }
+    Ok(Start::Again)
+}
+
 /// Whether a target at `position` holds everything up to `confirmed`. Positions that can't be compared hold nothing of
 /// each other.
 fn holds<P: Position>(position: &P, confirmed: &P) -> bool {
@@ -151,6 +173,7 @@ pub fn check_mapping(selection: &Selection) -> Result<()> {
 mod tests {
     use super::*;
     use crate::engine::roles::Owner;
+    use crate::engine::table::{QualifiedName, TableState};
     use crate::engine::testing::Pos;
 
     fn checkpoint(position: u64, timeline: i64) -> Checkpoint<Pos> {
@@ -163,7 +186,18 @@ mod tests {
     }
 
     fn facts<'a>(checkpoint: Option<&'a Checkpoint<Pos>>, log: Option<&'a LogState<Pos>>) -> Facts<'a, Pos> {
-        Facts { checkpoint, log_intended: false, log, timeline: 1, left_at: None, snapshot: true, start_position: None }
+        let (given_up, copies_again) = (false, false);
+        Facts {
+            checkpoint,
+            log_intended: false,
+            log,
+            given_up,
+            copies_again,
+            timeline: 1,
+            left_at: None,
+            snapshot: true,
+            start_position: None,
+        }
     }
 
     fn refused(facts: &Facts<'_, Pos>) -> &'static str {
@@ -208,8 +242,38 @@ mod tests {
     #[test]
     fn a_lost_slot_is_never_continued() {
         let held = checkpoint(10, 1);
-        let log = LogState { lost: Some("wal_removed".into()), ..slot(5) };
-        assert_eq!(refused(&facts(Some(&held), Some(&log))), reason::SLOT_LOST);
+        for reason in reason::LOST_SLOTS {
+            let log = LogState { lost: Some(retention::Lost { reason, cause: "c".into() }), ..slot(5) };
+            assert_eq!(refused(&facts(Some(&held), Some(&log))), *reason);
+        }
+    }
+
+    #[test]
+    fn a_stream_that_was_given_up_begins_again_only_by_the_users_word_and_after_a_whole_copy() {
+        let table = |state| TableCheckpoint {
+            source: QualifiedName::new("s", "t"),
+            target: QualifiedName::new("s", "t"),
+            state,
+            generation: 1,
+            position: None,
+            rows_copied: 0,
+            columns: String::new(),
+        };
+        let mut held = checkpoint(10, 1);
+        let decided = |held: &Checkpoint<Pos>, copies_again, snapshot| {
+            decide("s", &Facts { given_up: true, copies_again, snapshot, ..facts(Some(held), None) }).map_err(|error| error.reason)
+        };
+        assert_eq!(decided(&held, true, true), Err(reason::SLOT_GIVEN_UP), "the copy had not begun");
+        held.tables.insert(QualifiedName::new("s", "t"), table(TableState::Copying));
+        assert_eq!(decided(&held, true, true), Err(reason::SLOT_GIVEN_UP));
+        held.tables.insert(QualifiedName::new("s", "t"), table(TableState::Ready));
+        assert_eq!(decided(&held, true, true), Ok(Start::Again));
+        assert_eq!(decided(&held, false, true), Err(reason::SLOT_GIVEN_UP));
+        assert_eq!(decided(&held, true, false), Err(reason::SLOT_GIVEN_UP));
+        // A slot that is there is gone on with, whatever mark was left.
+        let log = slot(5);
+        let facts = Facts { given_up: true, copies_again: true, ..facts(Some(&held), Some(&log)) };
+        assert_eq!(decide("s", &facts).unwrap(), Start::Resume { position: Pos(10), left_at: None });
     }
 
     #[test]

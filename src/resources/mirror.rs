@@ -175,6 +175,39 @@ pub enum TargetTriggers {
     Accept,
 }
 
+/// How much of its log the source may keep for the slot.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema, Default)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.warnBytes) || has(self.maxBytes)").message("give warnBytes, maxBytes or both"))]
+#[x_kube(validation = Rule::new("!has(self.warnBytes) || !has(self.maxBytes) || self.warnBytes <= self.maxBytes").message("warnBytes may not be above maxBytes").field_path(".warnBytes"))]
+#[x_kube(validation = Rule::new("self.action == 'Warn' || has(self.maxBytes)").message("an action that drops the slot needs maxBytes").field_path(".action"))]
+pub struct WalBudget {
+    /// From so many bytes on `Ready` has the reason `WalBudgetWarning`.
+    #[schemars(range(min = 16_777_216, max = 1_125_899_906_842_624_i64))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warn_bytes: Option<i64>,
+    /// From so many bytes on `Ready` has the reason `WalBudgetExceeded`, and `action` is taken.
+    #[schemars(range(min = 16_777_216, max = 1_125_899_906_842_624_i64))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<i64>,
+    /// What is done at `maxBytes`.
+    #[serde(default)]
+    pub action: WalBudgetAction,
+}
+
+/// What is done when the source keeps more of its log for the slot than it may.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
+pub enum WalBudgetAction {
+    /// It is told, and nothing else.
+    #[default]
+    Warn,
+    /// The slot is dropped, whether the Mirror runs or not, and the Mirror stops with `SlotGivenUp`.
+    DropSlot,
+    /// The slot is dropped, whether the Mirror runs or not, and as soon as it runs all tables are copied anew. When the first copy
+    /// had not ended the Mirror stops with `SlotGivenUp`.
+    DropSlotAndResync,
+}
+
 /// What happens outside the cluster when the Mirror is deleted.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema, Default)]
 #[serde(rename_all = "camelCase")]
@@ -277,6 +310,9 @@ pub struct MirrorSpec {
     #[schemars(length(min = 1, max = 63))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication_name: Option<String>,
+    /// How much of its log the source may keep for the slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_budget: Option<WalBudget>,
     /// What happens outside the cluster on deletion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion_policy: Option<DeletionPolicy>,

@@ -14,6 +14,6 @@ pub use common::{Engine, KeyRef, LocalRef, ParamValue, Prerequisite, Reclaim, Tl
 pub use connection::{Connection, ConnectionSpec, ConnectionStatus, Source, SourceSpec, Target, TargetSpec};
 pub use mirror::{
     DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Schema, Snapshot, Stream, Table, TableName, TargetTriggers,
-    UpdatePolicy, Worker,
+    UpdatePolicy, WalBudget, WalBudgetAction, Worker,
 };
 pub use mirror_status::{MirrorStatus, Position, Retention, TableCounts, WorkerStatus};

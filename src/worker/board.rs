@@ -2,6 +2,7 @@
 
 use super::contract::{Desired, Failure, Notice, Phase, Retention, Status, VERSION};
 use super::credentials::Redactor;
+use super::plan::budget;
 use super::supervise::State;
 use crate::engine::error::{Class, Error, reason};
 use crate::engine::progress::{self, Progress, View};
@@ -162,7 +163,9 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     let load = Some(&view.load).filter(|_| connected);
     let bytes = |count: fn(&LogLoad) -> u64| load.map(count);
     let of_log = load.and_then(|load| load.notice.clone());
-    let of_slot = || view.retention.as_ref().and_then(|seen| seen.notice(&desired.slot));
+    // A document that contradicts itself is told by the session that it fails.
+    let budget = budget(desired.wal_budget.as_ref()).unwrap_or_default();
+    let of_slot = || view.retention.as_ref().and_then(|seen| seen.notice(&desired.slot, &budget));
     let notice = of_log.or_else(of_slot).as_ref().map(notice);
     let (lag_bytes, retention) = (lag_bytes(&view, connected), view.retention.clone().map(retention));
     let (log_memory_bytes, log_memory_limit_bytes) = (bytes(|load| load.memory), bytes(|load| load.memory_limit));
@@ -325,7 +328,13 @@ mod tests {
         let shown = waiting.error.unwrap();
         assert_eq!((shown.class.as_str(), shown.reason.as_str(), shown.count), ("Retry", "SourceUnreachable", 2));
         assert_eq!((shown.message.as_str(), shown.retry_in_seconds), ("no route, password ***", Some(20)));
-        let lost = retention::Retention { exists: true, unconfirmed: Some(9), wal_status: Some("lost".to_owned()), ..Default::default() };
+        let lost = retention::Retention {
+            exists: true,
+            unconfirmed: Some(9),
+            wal_status: Some("lost".to_owned()),
+            lost: Some(retention::Lost { reason: reason::SLOT_LOST, cause: "gone".to_owned() }),
+            ..Default::default()
+        };
         let lost = status("pod-1", &desired(7), &facts, View { retention: Some(lost), ..View::default() });
         assert_eq!((lost.lag_bytes, lost.notice.map(|notice| notice.reason)), (Some(9), Some("SlotLost".to_owned())));
         assert_eq!(lost.retention.map(|seen| (seen.slot_exists, seen.wal_status)), Some((true, Some("lost".to_owned()))));

@@ -58,6 +58,9 @@ pub struct Desired {
     pub snapshot: SnapshotSpec,
     /// Batches.
     pub stream: StreamSpec,
+    /// How much log the source may keep.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_budget: Option<WalBudgetSpec>,
     /// Stop the stream, keep the position.
     #[serde(default)]
     pub suspend: bool,
@@ -192,6 +195,20 @@ pub struct StreamSpec {
 /// What a document of an older operator leaves out.
 fn apply_connections() -> usize {
     2
+}
+
+/// How much log the source may keep for the slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WalBudgetSpec {
+    /// Bytes from which it is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warn_bytes: Option<u64>,
+    /// Bytes from which the action is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
+    /// Warn, DropSlot, DropSlotAndResync.
+    pub action: String,
 }
 
 /// What the worker does, in one word.
@@ -397,6 +414,7 @@ pub(crate) mod tests {
                 apply_connections: 2,
                 accept_target_triggers: false,
             },
+            wal_budget: None,
             suspend: false,
             public_keys: Vec::new(),
         }

@@ -1,7 +1,7 @@
 //! `/metrics`: read from the board at each scrape, so that nothing is counted twice.
 
 use super::board::{Board, Facts, lag_bytes};
-use super::contract::Phase;
+use super::contract::{Phase, WalBudgetSpec};
 use super::supervise::State;
 use crate::engine::error::reason;
 use crate::engine::latency::Latency;
@@ -76,6 +76,9 @@ impl Collector for FromBoard {
         if connected {
             encode_running(&mut out, &view)?;
         }
+        if let Some(budget) = facts.desired.as_ref().and_then(|desired| desired.wal_budget.as_ref()) {
+            encode_budget(&mut out, budget)?;
+        }
         view.retention.as_ref().map_or(Ok(()), |seen| encode_retention(&mut out, seen))
     }
 }
@@ -123,8 +126,16 @@ fn encode_retention(out: &mut Output<'_>, seen: &Retention) -> fmt::Result {
         let bytes = u64::try_from(bytes).unwrap_or_default();
         out.gauge("slot_safe_bytes", "What may still be written before the slot may be lost; absent without a bound", bytes)?;
     }
-    let lost = seen.wal_status.as_deref() == Some("lost");
-    out.gauge("slot_lost", "1 when the source has invalidated the slot", lost.into())
+    out.gauge("slot_lost", "1 when the source has invalidated the slot", seen.lost.is_some().into())?;
+    let given_up = seen.given_up && !seen.exists;
+    out.gauge("slot_given_up", "1 when the slot was dropped since more log was kept for it than the budget allows", given_up.into())
+}
+
+fn encode_budget(out: &mut Output<'_>, budget: &WalBudgetSpec) -> fmt::Result {
+    if let Some(bytes) = budget.warn_bytes {
+        out.gauge("wal_budget_warn_bytes", "Log from which it is told that the source keeps much for the slot", bytes)?;
+    }
+    budget.max_bytes.map_or(Ok(()), |bytes| out.gauge("wal_budget_max_bytes", "Log that the source may keep for the slot", bytes))
 }
 
 fn encode_load(out: &mut Output<'_>, load: &LogLoad) -> fmt::Result {

@@ -1,10 +1,11 @@
 //! From the desired document to what engine and connectors take. Pure.
 
-use super::contract::{Desired, EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec};
+use super::contract::{Desired, EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec, WalBudgetSpec};
 use super::credentials::Login;
 use crate::connectors::postgres::{Endpoint, TlsMode};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{SnapshotConfig, StreamConfig};
+use crate::engine::retention::{Action, Budget};
 use crate::engine::roles::{BatchLimits, Owner, SchemaSelection, Selection, TableSelection};
 use crate::engine::table::QualifiedName;
 use std::time::Duration;
@@ -24,6 +25,7 @@ pub fn stream_config(desired: &Desired) -> Result<StreamConfig> {
         slot: desired.slot.clone(),
         snapshot: snapshot(&desired.snapshot)?,
         limits: limits(&desired.stream)?,
+        budget: budget(desired.wal_budget.as_ref())?,
     })
 }
 
@@ -74,6 +76,21 @@ fn limits(spec: &StreamSpec) -> Result<BatchLimits> {
         return Err(invalid("stream: maxBatchRows, maxBatchBytes and applyConnections are at least 1"));
     }
     Ok(BatchLimits { rows: spec.max_batch_rows, bytes: spec.max_batch_bytes, delay: Duration::from_millis(spec.max_delay_milliseconds) })
+}
+
+/// How much log the source may keep.
+///
+/// # Errors
+/// Class `Stop`, reason `InvalidSpec`: an unknown action.
+pub fn budget(spec: Option<&WalBudgetSpec>) -> Result<Budget> {
+    let Some(WalBudgetSpec { warn_bytes, max_bytes, action }) = spec else { return Ok(Budget::default()) };
+    let action = match action.as_str() {
+        "Warn" => Action::Warn,
+        "DropSlot" => Action::DropSlot,
+        "DropSlotAndResync" => Action::DropSlotAndResync,
+        other => return Err(invalid(format!("walBudget.action {other} is not known to this worker"))),
+    };
+    Ok(Budget { warn: *warn_bytes, max: *max_bytes, action })
 }
 
 /// How a PostgreSQL server is reached.
@@ -149,13 +166,17 @@ mod tests {
 
     #[test]
     fn contradictions_need_a_human() {
-        let changes: [fn(&mut Desired); 6] = [
+        let budget = WalBudgetSpec { warn_bytes: Some(1), max_bytes: Some(2), action: "DropSlotAndResync".to_owned() };
+        let known = super::budget(Some(&budget)).unwrap();
+        assert_eq!(known, Budget { warn: Some(1), max: Some(2), action: Action::DropSlotAndResync });
+        let changes: [fn(&mut Desired); 7] = [
             |desired| desired.tables = None,
             |desired| desired.schemas = Some(Vec::new()),
             |desired| desired.snapshot.tables_in_parallel = 0,
             |desired| desired.stream.max_batch_bytes = 0,
             |desired| desired.stream.max_batch_rows = 0,
             |desired| desired.stream.apply_connections = 0,
+            |desired| desired.wal_budget = Some(WalBudgetSpec { warn_bytes: None, max_bytes: None, action: "Pray".to_owned() }),
         ];
         for change in changes {
             let mut desired = desired(1);

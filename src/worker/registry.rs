@@ -2,14 +2,14 @@
 
 use super::contract::Desired;
 use super::credentials::Credentials;
-use super::plan::{postgres_endpoint, stream_config};
+use super::plan::{budget, postgres_endpoint, stream_config};
 use crate::connectors::postgres::log::StreamingPause;
 use crate::connectors::postgres::source::PostgresSource;
 use crate::connectors::postgres::target::PostgresTarget;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{self, Stop, StreamConfig};
 use crate::engine::progress::Progress;
-use crate::engine::retention::Retention;
+use crate::engine::retention::{self, Retention};
 use crate::engine::roles::{Source, Target};
 use crate::engine::spill::Room;
 use futures::future::BoxFuture;
@@ -37,7 +37,7 @@ pub trait Sessions: Send + 'static {
     /// Begins one. The task ends when the session does.
     fn start(&self, job: Job) -> JoinHandle<Result<()>>;
 
-    /// One look at what the source keeps for the stream, while no session runs; `None` when it can't tell.
+    /// One look at what the source keeps for the stream, while no session runs, and what the budget says to it; `None` when it can't tell.
     fn look(&self, _desired: Arc<Desired>, _credentials: Credentials) -> BoxFuture<'static, Result<Option<Retention>>> {
         Box::pin(async { Ok(None) })
     }
@@ -68,7 +68,10 @@ impl Sessions for Connectors {
     fn look(&self, desired: Arc<Desired>, credentials: Credentials) -> BoxFuture<'static, Result<Option<Retention>>> {
         Box::pin(async move {
             match desired.source.engine.as_str() {
-                "PostgreSQL" => postgres_source(&desired, &credentials)?.retention().await,
+                "PostgreSQL" => {
+                    let budget = budget(desired.wal_budget.as_ref())?;
+                    retention::look(&postgres_source(&desired, &credentials)?, &desired.slot, &budget).await
+                }
                 _ => Ok(None),
             }
         })

@@ -54,6 +54,10 @@ async fn a_slot_that_is_lost_while_suspended_is_told_at_once() {
     assert_eq!(stage.condition("orders", kind::STALLED).await, ("True".into(), "SlotLost".into()));
     assert_eq!(stage.condition("orders", kind::SUSPENDED).await.0, "True");
     assert_eq!(stage.status("orders").await.last_error.as_deref(), Some("SlotLost: delete the Mirror and create it again"));
+    // Dropped by somebody: the worker sees only that there is none.
+    worker.says(json!({"retention": {"slotExists": false}}));
+    stage.until("orders", "False", "SlotMissing").await;
+    assert_eq!(stage.condition("orders", kind::STALLED).await, ("True".into(), "SlotMissing".into()));
     stage.end().await;
 }
 

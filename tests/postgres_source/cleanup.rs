@@ -40,7 +40,7 @@ async fn somebody_elses_reader_and_publication_stay(major: u32) {
     let stream = reader.start(&slot, sluice::connectors::postgres::Lsn(0), &publication, format).await.unwrap();
     let doomed = Doomed { slot: &slot, drop_slot: true, publication: Some(&publication) };
     let error = drop_slot_and_publication(&endpoint, doomed).await.unwrap_err();
-    assert!(error.reason == reason::SLOT_IN_USE && error.message.contains("(somebody)"), "{error}");
+    assert!(error.reason == reason::SLOT_IN_USE && error.message.contains("(somebody, user postgres, "), "{error}");
     // Retained as told.
     let retained = drop_slot_and_publication(&endpoint, Doomed { drop_slot: false, ..doomed }).await.unwrap();
     assert_eq!(retained, CleanUp::default());

@@ -238,6 +238,10 @@ impl Apply for SimApplier {
         Ok(())
     }
 
+    async fn start_over(&mut self) -> Result<()> {
+        Err(Error::bug("nothing is given up here"))
+    }
+
     async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
         self.world().seen.note(Rare::WentOnAfterFailover);
         let set = move |stored: &mut Stored| {

@@ -11,6 +11,7 @@ use crate::world::{Reach, World};
 use sluice::engine::error::{Class, Error, reason};
 use sluice::engine::flow::{self, SnapshotConfig, Stop, StreamConfig};
 use sluice::engine::progress::Progress;
+use sluice::engine::retention::Budget;
 use sluice::engine::roles::{BatchLimits, Owner, Selection, TableSelection};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -193,5 +194,6 @@ fn config(tables: &[usize]) -> StreamConfig {
             foreign_keys: true,
         },
         limits: BatchLimits { rows: 4, bytes: 1 << 20, delay: Duration::ZERO },
+        budget: Budget::default(),
     }
 }

@@ -421,6 +421,13 @@ impl Apply for PostgresApplier {
         Ok(())
     }
 
+    async fn start_over(&mut self) -> Result<()> {
+        self.statements("forget the copies", self.claim.start_over(self.session())).await?;
+        self.position = None;
+        self.durability = Durability::new(None);
+        Ok(())
+    }
+
     async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
         self.statement("write the timeline", self.claim.set_timeline(self.session(), timeline)).await
     }

@@ -89,6 +89,18 @@ impl Claim {
         self.update_stream(client, set, "position IS NULL", &[&position.to_string(), &timeline]).await
     }
 
+    /// Forgets the position and every copy, as the first statements of a transaction.
+    pub(super) async fn start_over(&self, client: &Session) -> Result<()> {
+        self.update_stream(client, "position = NULL, log_intended = true", "position IS NOT NULL", &[]).await?;
+        let key = &self.key;
+        let values: [&(dyn Parameter + Sync); 4] = [&key.system_identifier, &key.database, &key.slot, &TableState::Init.as_str()];
+        let of_stream = "WHERE system_identifier = $1 AND database = $2 AND slot = $3";
+        let forget = format!("UPDATE _sluice.tables SET state = $4, position = NULL, rows_copied = 0, updated_at = now() {of_stream}");
+        client.execute(&forget, &values).await.map_err(failed("forget the copies"))?;
+        let forget = format!("DELETE FROM _sluice.ranges {of_stream}");
+        client.execute(&forget, &values[..3]).await.map(drop).map_err(failed("forget the copies"))
+    }
+
     /// Writes another timeline.
     pub(super) async fn set_timeline(&self, client: &Session, timeline: i64) -> Result<()> {
         self.update_stream(client, "timeline = $5", "position IS NOT NULL", &[&timeline]).await

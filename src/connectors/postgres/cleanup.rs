@@ -6,6 +6,20 @@ pub use super::slot::drop_statement;
 use super::{fence, publication, slot};
 use crate::engine::error::Result;
 
+/// Drops a slot for which too much log is kept, and notes before on its publication that it was done on purpose. Whatever of ours still
+/// uses it is ended first; somebody else's reader is not.
+///
+/// # Errors
+/// As [`drop_slot_and_publication`].
+pub async fn give_up(endpoint: &Endpoint, slot: &str, publication: &str) -> Result<()> {
+    let session = connect(endpoint, Side::Source, "sluice cleanup").await?;
+    fence::take_for_good(&session, slot).await?;
+    if !publication::note_given_up(&session, publication, slot).await? {
+        tracing::warn!("publication {publication} was not made for slot {slot}: nothing will tell that the slot was dropped on purpose");
+    }
+    slot::drop(&session, endpoint, slot).await.map(drop)
+}
+
 /// What was found and dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CleanUp {

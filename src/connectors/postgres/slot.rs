@@ -6,11 +6,12 @@
 use super::connect::{Session, Side};
 use super::endpoint::Endpoint;
 use super::lsn::Lsn;
+use super::publication;
 use super::replication::{CreatedSlot, ReplicationClient};
 use super::source::answer;
 use super::sql::quote_literal;
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::retention::Retention;
+use crate::engine::retention::{Lost, Retention};
 use crate::engine::roles::LogState;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -26,9 +27,15 @@ const WAITING_PAUSE: Duration = Duration::from_millis(500);
 /// Transactions that are named in a message.
 const NAMED: i64 = 5;
 
+/// The cause of most losses.
+const WAL_REMOVED: &str =
+    "wal_removed: more was written than max_slot_wal_keep_size lets it keep; raise that bound, or suspend for shorter";
+
 /// `pg_replication_slots`, with the columns that newer versions have.
 const STATE: &str = "SELECT s.plugin::text, s.database::text, s.confirmed_flush_lsn::text, s.active_pid, s.wal_status,
-        to_jsonb(s)->>'invalidation_reason', a.application_name
+        to_jsonb(s)->>'invalidation_reason',
+        concat_ws(', ', a.application_name, 'user ' || a.usename::text, 'from ' || host(a.client_addr), 'since ' || date_trunc('second', a.backend_start)::text),
+        a.application_name
     FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = $1";
 
 /// A slot as the source sees it.
@@ -38,8 +45,10 @@ struct State {
     database: Option<String>,
     confirmed: Option<Lsn>,
     active: Option<i32>,
-    /// Application name of the process that reads from it.
-    reader: Option<String>,
+    /// The process that reads from it, for people.
+    reader: String,
+    /// Its application name.
+    application: Option<String>,
     wal_status: Option<String>,
     invalidation_reason: Option<String>,
 }
@@ -53,19 +62,26 @@ pub async fn state(session: &Session, slot: &str, database: &str) -> Result<Opti
 }
 
 /// What is kept for the slot, for people: also for one that is not ours.
-pub async fn retention(session: &Session, slot: &str) -> Result<Retention> {
-    const RETENTION: &str = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::int8,
-            pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8, wal_status, safe_wal_size
-        FROM pg_replication_slots WHERE slot_name = $1";
-    let row = answer(Side::Source, &format!("look at slot {slot}"), session.query_opt(RETENTION, &[&slot])).await?;
+pub async fn retention(session: &Session, slot: &str, publication: &str) -> Result<Retention> {
+    const RETENTION: &str = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn)::int8,
+            pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn)::int8, s.wal_status, s.safe_wal_size,
+            to_jsonb(s)->>'invalidation_reason', s.slot_name IS NOT NULL,
+            EXISTS (SELECT FROM pg_publication WHERE pubname = $2 AND obj_description(oid, 'pg_publication') = $3)
+        FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = $1";
+    let mark = publication::mark_of_given_up(slot);
+    let what = format!("look at slot {slot}");
+    let row = answer(Side::Source, &what, session.query_one(RETENTION, &[&slot, &publication, &mark])).await?;
     let bytes = |bytes: Option<i64>| bytes.map(|bytes| u64::try_from(bytes).unwrap_or_default());
-    Ok(row.map_or_else(Retention::default, |row| Retention {
-        exists: true,
+    let wal_status: Option<String> = row.get(2);
+    Ok(Retention {
+        exists: row.get(5),
         retained: bytes(row.get(0)),
         unconfirmed: bytes(row.get(1)),
-        wal_status: row.get(2),
+        lost: lost(wal_status.as_deref(), row.get(4)),
+        wal_status,
         safe: row.get(3),
-    }))
+        given_up: row.get(6),
+    })
 }
 
 async fn read(session: &Session, slot: &str) -> Result<Option<State>> {
@@ -81,6 +97,7 @@ async fn read(session: &Session, slot: &str) -> Result<Option<State>> {
             wal_status: row.get(4),
             invalidation_reason: row.get(5),
             reader: row.get(6),
+            application: row.get(7),
         })
     })
     .transpose()
@@ -100,15 +117,32 @@ fn log_state(state: &State) -> LogState<Lsn> {
     LogState {
         // A slot that is still being made sends nothing that lies before a point which is not known yet: beyond everything.
         confirmed: state.confirmed.unwrap_or(Lsn(u64::MAX)),
-        lost: lost(state),
+        lost: lost(state.wal_status.as_deref(), state.invalidation_reason.as_deref()),
         active: state.active,
     }
 }
 
-/// `wal_status` is `lost` in all versions; 17 says why.
-fn lost(state: &State) -> Option<String> {
-    let is_lost = state.wal_status.as_deref() == Some("lost");
-    state.invalidation_reason.clone().or_else(|| is_lost.then(|| "the WAL it needs was removed (max_slot_wal_keep_size)".into()))
+/// `wal_status` is `lost` in all versions; 17 says why, and 18 knows one more cause (manual: "pg_replication_slots").
+fn lost(wal_status: Option<&str>, invalidation_reason: Option<&str>) -> Option<Lost> {
+    let (reason, cause) = match invalidation_reason {
+        Some("rows_removed") => (
+            reason::SLOT_ROWS_REMOVED,
+            "rows_removed: the slot was on a standby, and the primary has removed rows of the catalog that it needs; set hot_standby_feedback = on and a primary_slot_name there".into(),
+        ),
+        Some("wal_level_insufficient") => (
+            reason::SLOT_WAL_LEVEL_INSUFFICIENT,
+            "wal_level_insufficient: the slot was on a standby, and wal_level of the primary was not logical for a while".into(),
+        ),
+        Some("idle_timeout") => (
+            reason::SLOT_IDLE_TOO_LONG,
+            "idle_timeout: nobody read from it for idle_replication_slot_timeout; raise that, or suspend for shorter".into(),
+        ),
+        Some("wal_removed") => (reason::SLOT_LOST, WAL_REMOVED.into()),
+        Some(other) => (reason::SLOT_LOST, other.into()),
+        None if wal_status == Some("lost") => (reason::SLOT_LOST, WAL_REMOVED.into()),
+        None => return None,
+    };
+    Some(Lost { reason, cause })
 }
 
 /// Ends a process of ours that reads from the slot, and waits until it is gone: after a crash the server would notice only after
@@ -122,8 +156,8 @@ pub async fn release(session: &Session, endpoint: &Endpoint, slot: &str) -> Resu
         let Some(state) = read(session, slot).await? else { return Ok(false) };
         usable(slot, &state, &endpoint.database)?;
         let Some(pid) = state.active else { return Ok(true) };
-        if !is_ours(endpoint, state.reader.as_deref()) || Instant::now() > deadline {
-            let reader = state.reader.unwrap_or_default();
+        if !is_ours(endpoint, state.application.as_deref()) || Instant::now() > deadline {
+            let reader = state.reader;
             return Err(Error::retry(reason::SLOT_IN_USE, format!("process {pid} ({reader}) reads from slot {slot}")));
         }
         let what = format!("end the process {pid} that reads from slot {slot}");
@@ -269,7 +303,8 @@ mod tests {
             database: Some("shop".into()),
             confirmed: Some(Lsn(5)),
             active: None,
-            reader: None,
+            reader: String::new(),
+            application: None,
             wal_status: Some("reserved".into()),
             invalidation_reason: None,
         }
@@ -291,11 +326,20 @@ mod tests {
     fn lost_slots_are_seen() {
         assert_eq!(log_state(&healthy()), LogState { confirmed: Lsn(5), lost: None, active: None });
         for status in ["extended", "unreserved"] {
-            assert_eq!(lost(&State { wal_status: Some(status.into()), ..healthy() }), None);
+            assert_eq!(lost(Some(status), None), None);
         }
-        assert!(lost(&State { wal_status: Some("lost".into()), ..healthy() }).is_some());
-        let idle = State { invalidation_reason: Some("idle_timeout".into()), wal_status: Some("lost".into()), ..healthy() };
-        assert_eq!(lost(&idle), Some("idle_timeout".into()));
+        for (cause, reason) in [
+            (None, reason::SLOT_LOST),
+            (Some("wal_removed"), reason::SLOT_LOST),
+            (Some("rows_removed"), reason::SLOT_ROWS_REMOVED),
+            (Some("wal_level_insufficient"), reason::SLOT_WAL_LEVEL_INSUFFICIENT),
+            (Some("idle_timeout"), reason::SLOT_IDLE_TOO_LONG),
+            (Some("of a later version"), reason::SLOT_LOST),
+        ] {
+            let lost = lost(Some("lost"), cause).expect("it is lost");
+            assert_eq!(lost.reason, reason);
+            assert!(lost.cause.starts_with(cause.unwrap_or("wal_removed")), "{lost:?}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::replication::{ReplicationClient, connect_replication};
 use super::session::UNLIMITED;
 use super::slot::NewSlot;
 use super::snapshot::{Hands, PostgresSnapshot};
-use super::{errors, fed, fence, publication, slot};
+use super::{cleanup, errors, fed, fence, publication, slot};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::lost_task;
 use crate::engine::retention::Retention;
@@ -205,7 +205,7 @@ impl PostgresSource {
             return Err(Error::stop(reason::CHECKPOINT_WITHOUT_SLOT, format!("slot {slot} is not on the source")));
         };
         if let Some(lost) = state.lost {
-            return Err(Error::stop(reason::SLOT_LOST, format!("the source has invalidated slot {slot} ({lost})")));
+            return Err(Error::stop(lost.reason, format!("the source has invalidated slot {slot} ({})", lost.cause)));
         }
         if state.confirmed > from {
             let message = format!("slot {slot} was confirmed up to {}, after {from}: the changes between are gone", state.confirmed);
@@ -398,9 +398,17 @@ impl Source for PostgresSource {
 
     async fn retention(&self) -> Result<Option<Retention>> {
         let session = self.session().await?;
-        let retention = slot::retention(&session, &self.slot).await?;
+        let retention = slot::retention(&session, &self.slot, &self.publication).await?;
         session.keep();
         Ok(Some(retention))
+    }
+
+    async fn give_up(&self) -> Result<()> {
+        cleanup::give_up(&self.endpoint, &self.slot, &self.publication).await
+    }
+
+    async fn given_up(&self) -> Result<bool> {
+        Ok(self.retention().await?.is_some_and(|seen| seen.given_up && !seen.exists))
     }
 
     fn waiting(&self) -> Option<String> {

@@ -12,7 +12,7 @@ use crate::engine::error::reason as engine;
 use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, Finding, kind, reason};
 use crate::resources::{MirrorStatus, Position, Retention, TableCounts, WorkerStatus};
-use crate::worker::contract::{self, Failure, Phase, Status};
+use crate::worker::contract::{self, Failure, Notice, Phase, Status};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
@@ -138,7 +138,9 @@ pub fn news<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
         let is_old = conditions::get(old, name).is_some_and(|old| old.status == new.status && old.reason == new.reason);
         let reason = documented(&new.reason);
         if !is_old && news.iter().all(|told| told.reason != reason) {
-            let calm = name == kind::READY && (new.status == "True" || (progresses && !stalled));
+            // A reason of the engine beside `True` is something to look at.
+            let fine = new.status == "True" && !engine::ALL.contains(&reason);
+            let calm = name == kind::READY && (fine || (progresses && !stalled && new.status != "True"));
             news.push(News { calm, reason, message: &new.message });
         }
     }
@@ -148,7 +150,7 @@ pub fn news<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
 fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
     let observed = facts.observed;
     // Whatever else there is, a stream without its slot has no way on; one that rests would learn of it only when it is resumed.
-    if let Some(problem) = observed.worker.status().and_then(lost_slot) {
+    if let Some(problem) = observed.worker.status().and_then(|status| without_slot(facts.mirror, status)) {
         return Situation::Broken(problem);
     }
     if is_suspended(facts) {
@@ -166,10 +168,26 @@ fn situation<'a>(facts: &Facts<'a>) -> Situation<'a> {
     }
 }
 
-/// The worker has seen that the source has given the slot up.
-fn lost_slot(status: &Status) -> Option<Problem> {
-    let notice = status.notice.as_ref().filter(|notice| notice.reason == engine::SLOT_LOST)?;
-    Some(Problem::stop(engine::SLOT_LOST, notice.message.clone()))
+/// The worker has seen that the source has given the slot up, or that it is gone.
+fn without_slot(mirror: &SlimMirror, status: &Status) -> Option<Problem> {
+    let is_final = |notice: &&Notice| notice.reason == engine::SLOT_GIVEN_UP || engine::LOST_SLOTS.contains(&notice.reason.as_str());
+    if let Some(notice) = status.notice.as_ref().filter(is_final) {
+        return Some(Problem::stop(documented(&notice.reason), notice.message.clone()));
+    }
+    // A worker that rests, or can't reach its target, does not know whether there ever was one. Once all tables have been copied there
+    // was; unless they are just about to be copied anew.
+    let copied = |mirror: &SlimMirror| {
+        conditions::is_true(mirror.status.as_ref().map_or(&[][..], |status| &status.conditions), kind::SNAPSHOT_COMPLETED)
+    };
+    let unaware = status.phase == Phase::Suspended || (status.phase == Phase::Retrying && status.snapshot_completed);
+    let gone = status.retention.as_ref().is_some_and(|seen| !seen.slot_exists) && status.notice.is_none();
+    (unaware && gone && copied(mirror)).then(|| {
+        let message = format!(
+            "slot {} is not on the source any more: changes are gone, the tables need a new copy; delete the Mirror and create it again, with snapshot.existingRows: Truncate",
+            status.slot
+        );
+        Problem::stop(engine::SLOT_MISSING, message)
+    })
 }
 
 /// Told to rest, and nothing moves: the worker says so, or there is none.

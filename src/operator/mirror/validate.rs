@@ -2,8 +2,8 @@
 
 use super::problem::Problem;
 use crate::engine::error::reason;
-use crate::resources::{ExistingRows, MirrorSpec, NarrowerTypes, Schema, Table, TargetTriggers};
-use crate::worker::contract::{EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec};
+use crate::resources::{ExistingRows, MirrorSpec, NarrowerTypes, Schema, Table, TargetTriggers, WalBudget};
+use crate::worker::contract::{EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec, WalBudgetSpec};
 use std::collections::BTreeMap;
 
 /// Longest name in PostgreSQL, in bytes (NAMEDATALEN - 1). The schema of the resource counts characters.
@@ -28,6 +28,8 @@ pub struct Validated {
     pub snapshot: SnapshotSpec,
     /// Batches.
     pub stream: StreamSpec,
+    /// How much log the source may keep.
+    pub wal_budget: Option<WalBudgetSpec>,
 }
 
 /// Checks the spec against itself and against the databases that it connects.
@@ -42,7 +44,7 @@ pub fn validate(spec: &MirrorSpec, source: EndpointSpec, target: EndpointSpec) -
         not_onto_itself(tables.as_deref().unwrap_or_default(), schemas.as_deref().unwrap_or_default())?;
     }
     names(spec)?;
-    Ok(Validated { source, target, tables, schemas, snapshot: snapshot(spec)?, stream: stream(spec) })
+    Ok(Validated { source, target, tables, schemas, snapshot: snapshot(spec)?, stream: stream(spec), wal_budget: wal_budget(spec) })
 }
 
 fn invalid(message: impl Into<String>) -> Problem {
@@ -194,6 +196,12 @@ fn stream(spec: &MirrorSpec) -> StreamSpec {
         apply_connections: number(given.and_then(|given| given.apply_connections), 2),
         accept_target_triggers: given.is_some_and(|given| given.target_triggers == TargetTriggers::Accept),
     }
+}
+
+fn wal_budget(spec: &MirrorSpec) -> Option<WalBudgetSpec> {
+    let WalBudget { warn_bytes, max_bytes, action } = spec.wal_budget.as_ref()?;
+    let bytes = |given: Option<i64>| given.and_then(|given| u64::try_from(given).ok());
+    Some(WalBudgetSpec { warn_bytes: bytes(*warn_bytes), max_bytes: bytes(*max_bytes), action: format!("{action:?}") })
 }
 
 #[cfg(test)]

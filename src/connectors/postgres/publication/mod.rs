@@ -30,6 +30,26 @@ pub fn mark(slot: &str) -> String {
     format!("sluice:{slot}")
 }
 
+/// The comment of a publication of ours whose slot was given up.
+#[must_use]
+pub fn mark_of_given_up(slot: &str) -> String {
+    format!("{} given up", mark(slot))
+}
+
+/// Notes that the slot is about to be given up, durably. A publication that is not ours is left as it is. Returns whether it is noted.
+///
+/// # Errors
+/// As the server answers.
+pub async fn note_given_up(session: &Session, name: &str, slot: &str) -> Result<bool> {
+    let what = format!("comment on publication {name}");
+    if !is_own(session, &what, name, slot).await? {
+        return Ok(false);
+    }
+    let comment = format!("COMMENT ON PUBLICATION {} IS {}", quote_ident(name), quote_literal(&mark_of_given_up(slot)));
+    // Before the slot is gone it must be on the disk.
+    run(session, &what, &format!("BEGIN; SET LOCAL synchronous_commit = local; {comment}; COMMIT")).await.map(|()| true)
+}
+
 /// Makes the publication hold exactly these tables and columns. One that the user has made is only looked at.
 ///
 /// # Errors
@@ -68,12 +88,17 @@ pub async fn published(session: &Session, server: &Server, name: &str) -> Result
 /// Drops the publication when it carries the mark of this slot. Returns whether it did.
 pub async fn drop_own(session: &Session, name: &str, slot: &str) -> Result<bool> {
     let what = format!("drop publication {name}");
-    const OWN: &str = "SELECT FROM pg_publication WHERE pubname = $1 AND obj_description(oid, 'pg_publication') = $2";
-    if answer(Side::Source, &what, session.query_opt(OWN, &[&name, &mark(slot)])).await?.is_none() {
+    if !is_own(session, &what, name, slot).await? {
         return Ok(false);
     }
     run(session, &what, &format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name))).await?;
     Ok(true)
+}
+
+async fn is_own(session: &Session, what: &str, name: &str, slot: &str) -> Result<bool> {
+    const OWN: &str = "SELECT FROM pg_publication WHERE pubname = $1 AND obj_description(oid, 'pg_publication') = ANY($2)";
+    let marks = [mark(slot), mark_of_given_up(slot)];
+    Ok(answer(Side::Source, what, session.query_opt(OWN, &[&name, &&marks[..]])).await?.is_some())
 }
 
 /// Why a try failed.
@@ -98,7 +123,8 @@ async fn try_publish(
     present: &[QualifiedName],
 ) -> Result<(), Attempt> {
     let (found, partitioned) = futures::future::try_join(read(session, server, name), facts::partitioned(session)).await?;
-    let plan = plan::plan(found.as_ref(), tables, &partitioned, &mark(slot))?;
+    let marks = plan::Marks { own: &mark(slot), given_up: &mark_of_given_up(slot) };
+    let plan = plan::plan(found.as_ref(), tables, &partitioned, marks)?;
     plan::check_present(found.as_ref(), &plan, present)?;
     if plan.is_nothing() {
         return Ok(());
@@ -172,15 +198,16 @@ async fn check(session: &Session, server: &Server, tables: &[&MappedTable]) -> R
 fn statements(name: &str, slot: &str, plan: &Plan<'_>) -> Vec<String> {
     const OPTIONS: &str = "publish = 'insert, update, delete, truncate', publish_via_partition_root = true";
     let publication = quote_ident(name);
+    let comment = || format!("COMMENT ON PUBLICATION {publication} IS {}", quote_literal(&mark(slot)));
     let incoming: Vec<String> = plan.incoming.iter().map(|table| entry(table)).collect();
     if plan.create {
         let tables = if incoming.is_empty() { String::new() } else { format!(" FOR TABLE {}", incoming.join(", ")) };
-        return vec![
-            format!("CREATE PUBLICATION {publication}{tables} WITH ({OPTIONS})"),
-            format!("COMMENT ON PUBLICATION {publication} IS {}", quote_literal(&mark(slot))),
-        ];
+        return vec![format!("CREATE PUBLICATION {publication}{tables} WITH ({OPTIONS})"), comment()];
     }
     let mut statements = Vec::new();
+    if plan.set_comment {
+        statements.push(comment());
+    }
     if plan.set_options {
         statements.push(format!("ALTER PUBLICATION {publication} SET ({OPTIONS})"));
     }

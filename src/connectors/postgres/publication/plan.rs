@@ -30,6 +30,8 @@ pub struct PublishedTable {
 #[derive(Debug, Default)]
 pub struct Plan<'a> {
     pub create: bool,
+    /// It still says that the slot was given up.
+    pub set_comment: bool,
     pub set_options: bool,
     pub incoming: Vec<&'a MappedTable>,
     pub outgoing: Vec<QualifiedName>,
@@ -38,25 +40,34 @@ pub struct Plan<'a> {
 impl Plan<'_> {
     /// The publication is as it should be.
     pub fn is_nothing(&self) -> bool {
-        !self.create && !self.set_options && self.incoming.is_empty() && self.outgoing.is_empty()
+        !self.create && !self.set_comment && !self.set_options && self.incoming.is_empty() && self.outgoing.is_empty()
     }
 }
 
-/// Compares what is with what should be. `mark` is the comment of our own publication, `partitioned` the OIDs of partitioned
-/// tables.
-pub fn plan<'a>(found: Option<&Published>, tables: &'a [MappedTable], partitioned: &HashSet<u32>, mark: &str) -> Result<Plan<'a>> {
+/// Comments of our own publication.
+#[derive(Clone, Copy, Debug)]
+pub struct Marks<'a> {
+    pub own: &'a str,
+    /// Its slot was given up.
+    pub given_up: &'a str,
+}
+
+/// Compares what is with what should be. `partitioned` are the OIDs of partitioned tables.
+pub fn plan<'a>(found: Option<&Published>, tables: &'a [MappedTable], partitioned: &HashSet<u32>, marks: Marks<'_>) -> Result<Plan<'a>> {
     let Some(found) = found else { return Ok(Plan { create: true, incoming: tables.iter().collect(), ..Plan::default() }) };
     let published = |table: &MappedTable| found.tables.iter().find(|published| published.id == table.version.id);
     // A table whose columns changed leaves and comes in again, in one transaction.
     let changed = |table: &&MappedTable| !published(table).is_some_and(|published| fits(published, table));
     let stays = |published: &&PublishedTable| tables.iter().any(|table| table.version.id == published.id && fits(published, table));
+    let comment = found.comment.as_deref();
     let plan = Plan {
         create: false,
+        set_comment: comment == Some(marks.given_up),
         set_options: !found.all_operations || !found.via_root,
         incoming: tables.iter().filter(changed).collect(),
         outgoing: found.tables.iter().filter(|published| !stays(published)).map(|published| published.name.clone()).collect(),
     };
-    if found.comment.as_deref() == Some(mark) && !found.everything {
+    if (comment == Some(marks.own) || plan.set_comment) && !found.everything {
         return Ok(plan);
     }
     let needs_root = tables.iter().any(|table| partitioned.contains(&table.version.id));
@@ -149,6 +160,8 @@ mod tests {
         Published { comment: comment.map(str::to_owned), everything: false, all_operations: true, via_root: true, tables }
     }
 
+    const MARKS: Marks<'_> = Marks { own: "m", given_up: "g" };
+
     fn ids(plan: &Plan<'_>) -> (Vec<u32>, Vec<String>) {
         (plan.incoming.iter().map(|table| table.version.id).collect(), plan.outgoing.iter().map(|name| name.name.clone()).collect())
     }
@@ -156,7 +169,7 @@ mod tests {
     #[test]
     fn a_missing_one_is_made() {
         let tables = [table(1, &[])];
-        let plan = plan(None, &tables, &HashSet::new(), "m").unwrap();
+        let plan = plan(None, &tables, &HashSet::new(), MARKS).unwrap();
         assert!(plan.create);
         assert_eq!(ids(&plan), (vec![1], vec![]));
     }
@@ -168,11 +181,15 @@ mod tests {
             Some("m"),
             vec![published(1, None), published(2, Some(&["a", "id"])), published(3, Some(&["a", "b", "id"])), published(5, None)],
         );
-        let changes = plan(Some(&found), &tables, &HashSet::new(), "m").unwrap();
+        let changes = plan(Some(&found), &tables, &HashSet::new(), MARKS).unwrap();
         assert!(!changes.create && !changes.set_options);
         assert_eq!(ids(&changes), (vec![3, 4], vec!["t3".into(), "t5".into()]));
         let found = publication(Some("m"), vec![published(1, None)]);
-        assert!(plan(Some(&found), &tables[..1], &HashSet::new(), "m").unwrap().is_nothing());
+        assert!(plan(Some(&found), &tables[..1], &HashSet::new(), MARKS).unwrap().is_nothing());
+        let found = publication(Some("g"), vec![published(1, None)]);
+        let changes = plan(Some(&found), &tables[..1], &HashSet::new(), MARKS).unwrap();
+        assert!(changes.set_comment && !changes.is_nothing(), "it begins again");
+        assert_eq!(ids(&changes), (vec![], vec![]));
     }
 
     #[test]
@@ -180,7 +197,7 @@ mod tests {
         let tables = [table(1, &[])];
         let mut found = publication(Some("m"), vec![PublishedTable { filtered: true, ..published(1, None) }]);
         found.all_operations = false;
-        let plan = plan(Some(&found), &tables, &HashSet::new(), "m").unwrap();
+        let plan = plan(Some(&found), &tables, &HashSet::new(), MARKS).unwrap();
         assert!(plan.set_options);
         assert_eq!(ids(&plan), (vec![1], vec!["t1".into()]));
     }
@@ -189,11 +206,11 @@ mod tests {
     fn a_users_publication_is_used_as_it_is_or_refused() {
         let tables = [table(1, &[]), table(2, &["b"])];
         let fitting = || publication(None, vec![published(1, Some(&["id", "a", "b"])), published(2, Some(&["id", "a"]))]);
-        assert!(plan(Some(&fitting()), &tables, &HashSet::new(), "m").unwrap().is_nothing());
+        assert!(plan(Some(&fitting()), &tables, &HashSet::new(), MARKS).unwrap().is_nothing());
         let refused = |change: &dyn Fn(&mut Published)| {
             let mut found = fitting();
             change(&mut found);
-            plan(Some(&found), &tables, &HashSet::new(), "m").unwrap_err().message
+            plan(Some(&found), &tables, &HashSet::new(), MARKS).unwrap_err().message
         };
         assert!(refused(&|found| found.comment = Some("sluice:other".into())).contains("another stream (sluice:other)"));
         assert!(refused(&|found| found.everything = true).contains("all tables"));
@@ -204,8 +221,8 @@ mod tests {
         // Without partitioned tables it does not matter under whose name rows of partitions come.
         let mut found = fitting();
         found.via_root = false;
-        assert!(plan(Some(&found), &tables, &HashSet::new(), "m").unwrap().is_nothing());
-        let error = plan(Some(&found), &tables, &HashSet::from([1]), "m").unwrap_err();
+        assert!(plan(Some(&found), &tables, &HashSet::new(), MARKS).unwrap().is_nothing());
+        let error = plan(Some(&found), &tables, &HashSet::from([1]), MARKS).unwrap_err();
         assert!(error.message.contains("publish_via_partition_root"), "{error}");
     }
 }

@@ -30,6 +30,7 @@ pub fn document(mirror: &SlimMirror, spec: &MirrorSpec, valid: Validated, public
         schemas: valid.schemas,
         snapshot: valid.snapshot,
         stream: valid.stream,
+        wal_budget: valid.wal_budget,
         suspend: spec.suspend,
         public_keys,
     }

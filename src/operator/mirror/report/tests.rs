@@ -101,6 +101,42 @@ fn a_lost_slot_stalls_whatever_the_worker_does() {
 }
 
 #[test]
+fn a_slot_that_is_gone_is_told_of_a_mirror_that_can_not_see_it_itself() {
+    let gone = || json!({"retention": {"slotExists": false}});
+    let mut mirror = mirror(true);
+    assert_eq!(
+        summary(&reported(&mirror, None, &answers("Suspended", gone()))),
+        "True Suspended False False False Suspended",
+        "never made"
+    );
+    mirror.status = Some(reported(&mirror, None, &answers("Streaming", json!({"snapshotCompleted": true}))));
+    let status = reported(&mirror, None, &answers("Suspended", gone()));
+    assert_eq!(summary(&status), "False SlotMissing False True False Suspended");
+    mirror.status = Some(status);
+    assert_eq!(
+        summary(&reported(&mirror, None, &answers("Suspended", gone()))),
+        "False SlotMissing False True False Suspended",
+        "it stays"
+    );
+    let mut dropped = gone();
+    dropped["notice"] = json!({"reason": "WalBudgetExceeded", "message": "copied anew"});
+    let status = reported(&mirror, None, &answers("Suspended", dropped.clone()));
+    assert_eq!(summary(&status), "True WalBudgetExceeded False False False Suspended");
+    let told = news(&mirror.status.as_ref().expect("a status").conditions, &status);
+    assert_eq!(told, [News { calm: false, reason: "WalBudgetExceeded", message: "copied anew" }]);
+    dropped["notice"]["reason"] = "SlotGivenUp".into();
+    assert_eq!(summary(&reported(&mirror, None, &answers("Suspended", dropped))), "False SlotGivenUp False True False Suspended");
+    // Behind a target that is down.
+    mirror.spec.suspend = false;
+    let mut away = failure("Retry", "TargetUnreachable");
+    away["retention"] = gone()["retention"].clone();
+    let beginning_again = reported(&mirror, None, &answers("Retrying", away.clone()));
+    assert_eq!(summary(&beginning_again), "False TargetUnreachable True False False Retrying");
+    away["snapshotCompleted"] = true.into();
+    assert_eq!(summary(&reported(&mirror, None, &answers("Retrying", away))), "False SlotMissing False True False Retrying");
+}
+
+#[test]
 fn the_table_of_the_book() {
     let stop = Problem::stop(reason::SOURCE_NOT_FOUND, "m");
     let retry = Problem::retry(reason::SOURCE_NOT_READY, "m");
