@@ -115,6 +115,9 @@ pub mod reason {
         PRIVILEGE_MISSING = "PrivilegeMissing", "The role lacks a privilege on a table, schema or database.";
         POOLER_DETECTED = "PoolerDetected", "Different backends answer on one connection or address.";
         SLOT_WAL_UNLIMITED = "SlotWalUnlimited", "max_slot_wal_keep_size is unlimited: a stopped slot can fill the source's disk.";
+        FAILOVER_SLOTS_NOT_AWAITED = "FailoverSlotsNotAwaited", "The source does not wait for its standbys: after a failover they may lack what targets have.";
+        FAILOVER_SLOTS_NOT_SYNCED = "FailoverSlotsNotSynced", "Standbys of the source do not keep its slots: a failover loses them.";
+        FAILOVER_STANDBY_AWAY = "FailoverStandbyAway", "The source waits for a standby that is not there: nothing is streamed.";
         TABLE_MISSING = "TableMissing", "A table of the spec is not in the source.";
         TABLE_WITHOUT_IDENTITY = "TableWithoutIdentity", "A table has neither primary key nor replica identity.";
         TABLE_NOT_SUPPORTED = "TableNotSupported", "A view, foreign, unlogged or temporary table can't be followed.";

@@ -1,6 +1,7 @@
 //! Slots of whole workers on real servers: the log that a source keeps, what becomes of a slot, and failover.
 
 mod budget;
+mod failover;
 mod states;
 #[path = "../support/mod.rs"]
 mod support;

@@ -3,6 +3,7 @@
 
 pub mod apiserver;
 pub mod operator;
+mod standby;
 mod template;
 
 use std::io::Write as _;
@@ -10,6 +11,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+use template::copy as copy_folder;
 
 /// Majors that are tested: the main one, an older and a newer.
 pub const MAJORS: [u32; 3] = [14, 15, 17];

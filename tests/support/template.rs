@@ -37,7 +37,8 @@ fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), bit))
 }
 
-fn copy(from: &Path, to: &Path) {
+/// Copies a folder with owners and times.
+pub(super) fn copy(from: &Path, to: &Path) {
     run(Command::new("cp").args(["-a", "--sparse=always"]).arg(from).arg(to));
 }
 

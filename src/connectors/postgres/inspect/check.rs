@@ -9,6 +9,9 @@ use crate::engine::table::QualifiedName;
 /// Tables that are named in one message.
 const NAMED: usize = 5;
 
+/// First version whose standbys can keep a primary's logical slots.
+const FAILOVER_SLOTS: i32 = 170_000;
+
 /// What a server says of itself and of the role.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
@@ -26,8 +29,26 @@ pub(super) struct Facts {
     pub senders: i64,
     pub role: String,
     pub may_replicate: bool,
+    pub standbys: Standbys,
     pub database: String,
     pub may_create: bool,
+}
+
+/// What a primary sees of its physical standbys. Lists of slots are for people.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Standbys {
+    /// Physical slots that are in use.
+    pub slots: Option<String>,
+    /// One of them holds back what a standby still reads (`hot_standby_feedback`).
+    pub feedback: bool,
+    /// A standby is connected to synchronize slots.
+    pub syncing: bool,
+    /// The role may see whose sessions there are.
+    pub sees_sessions: bool,
+    /// `synchronized_standby_slots`.
+    pub awaited: Option<String>,
+    /// Those of them that nobody uses now.
+    pub away: Option<String>,
 }
 
 /// Who answered a statement.
@@ -78,6 +99,41 @@ pub(super) fn source(facts: &Facts, is_pooled: bool, unreadable: &[QualifiedName
                 "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB' (as much as the disk can spare), then SELECT pg_reload_conf()",
             )
         });
+    }
+    if facts.version_num >= FAILOVER_SLOTS && !facts.in_recovery {
+        failed.extend(failover(&facts.standbys));
+    }
+    failed
+}
+
+/// Warnings of what a failover to a standby would lose (manual: "Replication Slot Synchronization"). Without standbys there is nothing to
+/// lose.
+fn failover(standbys: &Standbys) -> Vec<FailedPrerequisite> {
+    let warning = |name, message: String, cure: String| FailedPrerequisite { warning: true, ..missing(name, message, cure) };
+    let mut failed = Vec::new();
+    if let Some(away) = &standbys.away {
+        failed.push(warning(
+            reason::FAILOVER_STANDBY_AWAY,
+            format!("synchronized_standby_slots names slots that no standby uses now ({away}): nothing is streamed until one does"),
+            "bring the standby back, or take its slot out of synchronized_standby_slots, then SELECT pg_reload_conf()".to_owned(),
+        ));
+    }
+    let Some(slots) = &standbys.slots else { return failed };
+    if standbys.awaited.is_none() {
+        failed.push(warning(
+            reason::FAILOVER_SLOTS_NOT_AWAITED,
+            "synchronized_standby_slots is empty: a target may have changes that no standby has yet; after a failover its Mirror stops with TimelineDiverged".to_owned(),
+            format!("ALTER SYSTEM SET synchronized_standby_slots = '{slots}' (those of standbys that may be promoted), then SELECT pg_reload_conf()"),
+        ));
+    }
+    let is_synced = (standbys.syncing || !standbys.sees_sessions) && standbys.feedback;
+    if !is_synced {
+        failed.push(warning(
+            reason::FAILOVER_SLOTS_NOT_SYNCED,
+            "no standby keeps the slots of this server: after a failover Mirrors stop with CheckpointWithoutSlot".to_owned(),
+            "on the standby set sync_replication_slots = on, hot_standby_feedback = on, primary_slot_name, and dbname in primary_conninfo"
+                .to_owned(),
+        ));
     }
     failed
 }
@@ -150,6 +206,7 @@ mod tests {
             senders: 0,
             role: "Sluice".into(),
             may_replicate: true,
+            standbys: Standbys::default(),
             database: "shop".into(),
             may_create: true,
         }
@@ -185,6 +242,21 @@ mod tests {
         assert_eq!(names(&failed), [(reason::POOLER_DETECTED, false), (reason::PRIVILEGE_MISSING, false)]);
         assert!(failed[1].message.ends_with("s.T3, s.T4 and 2 more tables"), "{}", failed[1].message);
         assert!(failed[1].cure.as_deref().unwrap_or_default().contains(r#""s"."T0""#));
+    }
+
+    #[test]
+    fn what_a_failover_would_lose_is_told_where_there_are_standbys() {
+        let told = |standbys: Standbys, version_num| names(&source(&Facts { standbys, version_num, ..good() }, false, &[]));
+        let slots = || Some("a, b".to_owned());
+        let fine = || Standbys { slots: slots(), feedback: true, syncing: true, sees_sessions: true, awaited: slots(), away: None };
+        assert_eq!(told(fine(), 170_000), []);
+        assert_eq!(told(Standbys { awaited: None, feedback: false, ..fine() }, 160_000), [], "there are no failover slots");
+        assert_eq!(told(Standbys { awaited: None, ..fine() }, 170_000), [(reason::FAILOVER_SLOTS_NOT_AWAITED, true)]);
+        assert_eq!(told(Standbys { syncing: false, ..fine() }, 170_000), [(reason::FAILOVER_SLOTS_NOT_SYNCED, true)]);
+        assert_eq!(told(Standbys { feedback: false, ..fine() }, 170_000), [(reason::FAILOVER_SLOTS_NOT_SYNCED, true)]);
+        assert_eq!(told(Standbys { syncing: false, sees_sessions: false, ..fine() }, 170_000), [], "nobody can tell");
+        let away = Standbys { away: slots(), awaited: slots(), ..Standbys::default() };
+        assert_eq!(told(away, 170_000), [(reason::FAILOVER_STANDBY_AWAY, true)]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::endpoint::Endpoint;
 use super::source::answer;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::QualifiedName;
-use check::{Backend, Facts};
+use check::{Backend, Facts, Standbys};
 use std::str::FromStr;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
@@ -106,6 +106,13 @@ const FACTS: &str = "SELECT pg_backend_pid() AS pid, pg_postmaster_start_time() 
     current_setting('max_wal_senders') AS max_senders, (SELECT count(*) FROM pg_stat_replication) AS senders,
     r.rolname AS role, r.rolsuper OR r.rolreplication
       OR EXISTS (SELECT FROM pg_roles m WHERE m.rolname = 'rds_replication' AND pg_has_role(m.oid, 'MEMBER')) AS may_replicate,
+    (SELECT string_agg(s.slot_name::text, ', ' ORDER BY s.slot_name) FROM pg_replication_slots s WHERE s.slot_type = 'physical' AND s.active) AS standbys,
+    EXISTS (SELECT FROM pg_replication_slots s WHERE s.slot_type = 'physical' AND s.active AND s.xmin IS NOT NULL) AS feedback,
+    EXISTS (SELECT FROM pg_stat_activity a WHERE a.application_name LIKE '%slotsync worker') AS syncing,
+    pg_has_role('pg_read_all_stats', 'USAGE') AS sees_sessions, current_setting('synchronized_standby_slots', true) AS awaited,
+    (SELECT string_agg(n.name, ', ') FROM (SELECT btrim(unnest(string_to_array(current_setting('synchronized_standby_slots', true), ',')), ' \"')) n(name)
+      WHERE n.name NOT IN ('', '*') AND NOT EXISTS
+        (SELECT FROM pg_replication_slots s WHERE s.slot_name = n.name AND s.slot_type = 'physical' AND s.active)) AS away,
     current_database() AS database, has_database_privilege(current_database(), 'CREATE') AS may_create
     FROM pg_control_system() k, pg_roles r WHERE r.rolname = current_user";
 
@@ -126,6 +133,14 @@ async fn facts(session: &Session, side: Side) -> Result<Facts> {
         senders: number(&row, "senders")?,
         role: text(&row, "role")?,
         may_replicate: boolean(&row, "may_replicate")?,
+        standbys: Standbys {
+            slots: optional(&row, "standbys"),
+            feedback: boolean(&row, "feedback")?,
+            syncing: boolean(&row, "syncing")?,
+            sees_sessions: boolean(&row, "sees_sessions")?,
+            awaited: optional(&row, "awaited"),
+            away: optional(&row, "away"),
+        },
         database: text(&row, "database")?,
         may_create: boolean(&row, "may_create")?,
     })
@@ -178,6 +193,11 @@ fn backend(row: &SimpleQueryRow) -> Result<Backend> {
 
 fn text(row: &SimpleQueryRow, column: &str) -> Result<String> {
     row.get(column).map(str::to_owned).ok_or_else(|| Error::bug(format!("the server did not say its {column}")))
+}
+
+/// Absent or empty.
+fn optional(row: &SimpleQueryRow, column: &str) -> Option<String> {
+    row.get(column).filter(|text| !text.is_empty()).map(str::to_owned)
 }
 
 fn number<T: FromStr>(row: &SimpleQueryRow, column: &str) -> Result<T> {
