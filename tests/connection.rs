@@ -45,7 +45,7 @@ impl Databases for FakeDatabases {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let found = match endpoint.host.as_str() {
             "down" => Err(Error::retry(reason::HOST_UNREACHABLE, "down:5432: connection refused")),
-            host => Ok(Inspection { server_version: "17.2".into(), system_identifier: format!("id of {host}"), failed: vec![] }),
+            host => Ok(Inspection { server_version: "17.2".into(), system_identifier: format!("id of {host}"), ..Inspection::default() }),
         };
         std::future::ready(found).boxed()
     }
@@ -266,6 +266,55 @@ async fn a_real_database_is_inspected_on_both_sides() {
     stage.patch::<Source>("shop", json!({"spec": {"database": "nowhere"}})).await;
     let status = stage.reason("shop", "DatabaseMissing").await;
     assert!(is_true(&status.conditions, kind::STALLED));
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_of_no_mirror_are_listed_with_what_they_keep() {
+    const ORPHAN: &str = "sluice_6f2d0f8e_5d0c_4b8e_9e5c_0d9a3b6f7c11";
+    let postgres = Postgres::start(15);
+    let shop = postgres.create_database("shop").await;
+    for slot in [ORPHAN, "custom", "living", "sluice_of_a_user"] {
+        shop.batch_execute(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")).await.expect("a slot");
+    }
+    for slot in ["custom", "living"] {
+        shop.batch_execute(&format!("CREATE PUBLICATION {slot}; COMMENT ON PUBLICATION {slot} IS 'sluice:{slot}'"))
+            .await
+            .expect("a publication");
+    }
+    // That of another database is for its own Source to tell.
+    let other = postgres.create_database("other").await;
+    let elsewhere = ORPHAN.replace("6f2d", "7f2d");
+    other.batch_execute(&format!("SELECT pg_create_logical_replication_slot('{elsewhere}', 'pgoutput')")).await.expect("a slot");
+    shop.batch_execute("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1048576))").await.expect("log");
+
+    let stage = Stage::set(Arc::new(Connector)).await;
+    stage.secret("login", &[]).await;
+    let mut mirror = mirror_document("m");
+    mirror["spec"]["slotName"] = "living".into();
+    stage.create::<Mirror>(mirror).await;
+    stage.source("shop", json!({"host": "127.0.0.1", "port": postgres.port, "database": "shop"})).await;
+    stage.reason("shop", "Available").await;
+    let look = AtomicUsize::new(10);
+    let names = async || {
+        // Another way is looked at at once.
+        let seconds = look.fetch_add(1, Ordering::SeqCst);
+        stage.patch::<Source>("shop", json!({"spec": {"connectTimeoutSeconds": seconds}})).await;
+        let mut names: Vec<_> = stage.status::<Source>("shop").await.orphaned_slots.into_iter().map(|slot| slot.name).collect();
+        names.sort();
+        names
+    };
+    eventually(30, "the orphans are listed", async || names().await == ["custom", ORPHAN]).await;
+    let listed = stage.status::<Source>("shop").await.orphaned_slots;
+    for slot in &listed {
+        assert!(!slot.active && slot.retained_bytes.is_some_and(|bytes| bytes > 1 << 20), "{slot:?}");
+    }
+    eventually(20, "an event", || async { stage.events("shop").await.iter().any(|event| event.contains("SlotOrphaned")) }).await;
+    // The statements are right.
+    for slot in &listed {
+        shop.batch_execute(&slot.cure).await.expect(&slot.cure);
+    }
+    eventually(30, "dropped slots are gone from the list", async || names().await.is_empty()).await;
     stage.end().await;
 }
 

@@ -52,6 +52,21 @@ pub struct Inspection {
     pub system_identifier: String,
     /// Prerequisites that fail.
     pub failed: Vec<FailedPrerequisite>,
+    /// Of a source: slots that were made for Mirrors, and once compared with the Mirrors that there are, those of none. `None`: not known.
+    pub slots: Option<Vec<MirrorSlot>>,
+}
+
+/// A slot that was made for a Mirror.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MirrorSlot {
+    /// Name.
+    pub name: String,
+    /// Somebody reads from it now.
+    pub active: bool,
+    /// Bytes of log that are kept for it.
+    pub retained: Option<u64>,
+    /// The statement that drops it.
+    pub cure: String,
 }
 
 /// A prerequisite that fails.
@@ -101,7 +116,18 @@ impl Databases for Postgres {
                 cure: failed.cure,
                 warning: failed.warning,
             });
-            Ok(Inspection { failed: failed.collect(), server_version: found.server_version, system_identifier: found.system_identifier })
+            let slots = found.own_slots.into_iter().map(|slot| MirrorSlot {
+                cure: cleanup::drop_statement(&slot.name),
+                name: slot.name,
+                active: slot.active,
+                retained: slot.retained,
+            });
+            Ok(Inspection {
+                failed: failed.collect(),
+                server_version: found.server_version,
+                system_identifier: found.system_identifier,
+                slots: Some(slots.collect()),
+            })
         }
         .boxed()
     }

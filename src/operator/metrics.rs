@@ -87,6 +87,8 @@ pub struct Metrics {
     workers: Family<Phase, Gauge>,
     resources: Family<KindReady, Gauge>,
     orphaned_slots: Gauge,
+    slots_without_mirror: Gauge,
+    slots_without_mirror_bytes: Gauge,
     missing_permissions: Gauge,
 }
 
@@ -118,6 +120,8 @@ impl Metrics {
             workers: Family::default(),
             resources: Family::default(),
             orphaned_slots: Gauge::default(),
+            slots_without_mirror: Gauge::default(),
+            slots_without_mirror_bytes: Gauge::default(),
             missing_permissions: Gauge::default(),
         };
         metrics.registry = Arc::new(metrics.register(release));
@@ -142,6 +146,13 @@ impl Metrics {
         all.register("poll_duration_seconds", "Time a poll of a worker took", self.poll_seconds.clone());
         all.register("workers", "Workers by phase; Unreachable: the last poll failed", self.workers.clone());
         all.register("resources", "Resources by readiness", self.resources.clone());
+        all.register(
+            "slots_without_mirror",
+            "Slots on Sources that belong to no Mirror and that nobody reads",
+            self.slots_without_mirror.clone(),
+        );
+        let bytes = self.slots_without_mirror_bytes.clone();
+        all.register("slots_without_mirror_bytes", "Log that Sources keep for slots that belong to no Mirror", bytes);
         all.register("orphaned_slots", "Replication slots that deleted Mirrors left on their sources", self.orphaned_slots.clone());
         all.register("missing_permissions", "Rules that the operator's role lacks; the log names them", self.missing_permissions.clone());
         all.register("build", "The operator's release", Info::new([("release", release.to_owned())]));
@@ -239,6 +250,12 @@ impl Metrics {
     /// Number of rules that the operator's role lacks.
     pub fn set_missing_permissions(&self, count: usize) {
         self.missing_permissions.set(gauge(count));
+    }
+
+    /// Slots on Sources that belong to no Mirror and that nobody reads, and bytes of log that are kept for them.
+    pub fn set_slots_without_mirror(&self, count: i64, bytes: i64) {
+        self.slots_without_mirror.set(count);
+        self.slots_without_mirror_bytes.set(bytes);
     }
 
     /// A slot was left behind on a source.

@@ -4,6 +4,7 @@ use super::common::{Engine, LocalRef, ParamValue, Prerequisite, Tls};
 use super::conditions::{is_true, kind};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -130,6 +131,23 @@ fn ten() -> i32 {
 connection_kind!(Source, "Source", SourceSpec, "sources", "src", "A database to read changes from.");
 connection_kind!(Target, "Target", TargetSpec, "targets", "tgt", "A database to write to.");
 
+/// A slot that was made for a Mirror and belongs to none.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OrphanedSlot {
+    /// Name of the slot.
+    #[schemars(length(max = 63))]
+    pub name: String,
+    /// Somebody reads from it: a Mirror of another cluster perhaps.
+    pub active: bool,
+    /// Bytes of log that the source keeps for it; absent when the slot is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retained_bytes: Option<i64>,
+    /// Statement that drops it, when nobody needs it.
+    #[schemars(length(max = 1024))]
+    pub cure: String,
+}
+
 /// Observed state of a connection.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema, Default)]
 #[serde(rename_all = "camelCase")]
@@ -148,6 +166,10 @@ pub struct ConnectionStatus {
     /// System identifier of the server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system_identifier: Option<String>,
+    /// Slots on the source that were made for Mirrors and belong to none that this operator serves: those that keep most first.
+    #[schemars(length(max = 32))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub orphaned_slots: Vec<OrphanedSlot>,
     /// Prerequisites that fail.
     #[schemars(length(max = 64))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -11,7 +11,7 @@ pub mod mirror_status;
 pub mod names;
 
 pub use common::{Engine, KeyRef, LocalRef, ParamValue, Prerequisite, Reclaim, Tls, TlsMode};
-pub use connection::{Connection, ConnectionSpec, ConnectionStatus, Source, SourceSpec, Target, TargetSpec};
+pub use connection::{Connection, ConnectionSpec, ConnectionStatus, OrphanedSlot, Source, SourceSpec, Target, TargetSpec};
 pub use mirror::{
     DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Schema, Snapshot, Stream, Table, TableName, TargetTriggers,
     UpdatePolicy, WalBudget, WalBudgetAction, Worker,

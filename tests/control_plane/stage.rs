@@ -72,7 +72,7 @@ impl Databases for FakeDatabases {
     fn inspect<'a>(&'a self, endpoint: &'a Endpoint, _: Side) -> BoxFuture<'a, Result<Inspection>> {
         let found = match endpoint.host.as_str() {
             "down" => Err(Error::retry(reason::HOST_UNREACHABLE, "down:5432: connection refused")),
-            _ => Ok(Inspection { server_version: "17.2".into(), system_identifier: "7001".into(), failed: vec![] }),
+            _ => Ok(Inspection { server_version: "17.2".into(), system_identifier: "7001".into(), ..Inspection::default() }),
         };
         std::future::ready(found).boxed()
     }

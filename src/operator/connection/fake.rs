@@ -61,7 +61,7 @@ impl Databases for FakeDatabases {
 }
 
 pub fn inspection() -> Inspection {
-    Inspection { server_version: "17.2".into(), system_identifier: "7001".into(), failed: vec![] }
+    Inspection { server_version: "17.2".into(), system_identifier: "7001".into(), ..Inspection::default() }
 }
 
 pub fn endpoint(password: &str) -> Endpoint {

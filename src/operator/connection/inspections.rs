@@ -6,9 +6,9 @@ use super::report::{Failure, Outcome};
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::Endpoint;
 use crate::engine::error::{Error, reason};
-use crate::operator::databases::Databases;
+use crate::operator::databases::{Databases, Inspection, MirrorSlot};
 use rand::RngExt as _;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -48,11 +48,18 @@ impl Inspections {
 
     /// What is known of the object `uid` by this way, and when to ask again. Looks at the database when the way is new or the time
     /// has come.
-    pub async fn outcome(&self, uid: &str, side: Side, endpoint: Endpoint) -> (Outcome, Duration) {
+    /// `living` gives the slots of all Mirrors; `None` while they are not known.
+    pub async fn outcome(
+        &self,
+        uid: &str,
+        side: Side,
+        endpoint: Endpoint,
+        living: &(dyn Fn() -> Option<BTreeSet<String>> + Sync),
+    ) -> (Outcome, Duration) {
         if let Some(known) = self.remembered(uid, &endpoint) {
             return (known.outcome, known.due.saturating_duration_since(Instant::now()));
         }
-        let outcome = self.look(&endpoint, side).await;
+        let outcome = self.look(&endpoint, side, living).await;
         let failures = if outcome.is_settled() { 0 } else { self.failures(uid, &endpoint).saturating_add(1) };
         let again = jittered(pace(failures));
         self.remember(uid, Known { endpoint, outcome: outcome.clone(), due: Instant::now() + again, failures });
@@ -64,14 +71,15 @@ impl Inspections {
         known.get(uid).filter(|known| known.endpoint == *endpoint).map_or(0, |known| known.failures)
     }
 
-    async fn look(&self, endpoint: &Endpoint, side: Side) -> Outcome {
+    async fn look(&self, endpoint: &Endpoint, side: Side, living: &(dyn Fn() -> Option<BTreeSet<String>> + Sync)) -> Outcome {
         let too_late = || {
             let place = format!("{}:{}", endpoint.host, endpoint.port);
             Error::retry(reason::HOST_UNREACHABLE, format!("{place} did not answer within {} seconds", DEADLINE.as_secs()))
         };
+        let before = living();
         let result = timeout(DEADLINE, self.databases.inspect(endpoint, side)).await.unwrap_or_else(|_| Err(too_late()));
         match result {
-            Ok(found) => Outcome::Inspected(found),
+            Ok(found) => Outcome::Inspected(Inspection { slots: orphans(found.slots, before, living()), ..found }),
             Err(error) => Outcome::Failed(Failure::from(&error)),
         }
     }
@@ -86,6 +94,14 @@ impl Inspections {
         known.retain(|_, known| known.due.elapsed() < FORGET_AFTER);
         known.insert(uid.to_owned(), new);
     }
+}
+
+/// The slots that no Mirror has. A Mirror that is being deleted takes its slot along, and a new one is known before its slot is made: so
+/// those that were there before or after the look count.
+fn orphans(slots: Option<Vec<MirrorSlot>>, before: Option<BTreeSet<String>>, after: Option<BTreeSet<String>>) -> Option<Vec<MirrorSlot>> {
+    let (mut slots, before, after) = (slots?, before?, after?);
+    slots.retain(|slot| !before.contains(&slot.name) && !after.contains(&slot.name));
+    Some(slots)
 }
 
 fn pace(failures: u32) -> Duration {
@@ -107,18 +123,31 @@ mod tests {
     use super::super::fake::{FakeDatabases, endpoint, inspection};
     use super::*;
 
+    fn nobody() -> Option<BTreeSet<String>> {
+        None
+    }
+
+    #[test]
+    fn slots_of_mirrors_that_come_or_go_during_the_look_are_no_orphans() {
+        let slot = |name: &str| MirrorSlot { name: name.into(), active: false, retained: None, cure: String::new() };
+        let set = |name: &str| Some(BTreeSet::from([name.to_owned()]));
+        let slots = || Some(vec![slot("going"), slot("coming"), slot("left")]);
+        assert_eq!(orphans(slots(), set("going"), set("coming")), Some(vec![slot("left")]));
+        assert_eq!(orphans(slots(), None, set("coming")), None, "not all Mirrors were known");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_fine_database_is_left_alone_for_minutes() {
         let fake = FakeDatabases::answering(Ok(inspection()));
         let inspections = Inspections::new(fake.clone());
-        let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a"), &nobody).await;
         assert_eq!(outcome, Outcome::Inspected(inspection()));
         assert!((FINE.mul_f64(0.8)..=FINE.mul_f64(1.2)).contains(&again));
         tokio::time::advance(Duration::from_secs(200)).await;
-        let (_, left) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        let (_, left) = inspections.outcome("u", Side::Source, endpoint("a"), &nobody).await;
         assert_eq!((fake.asked(), again.checked_sub(left)), (1, Some(Duration::from_secs(200))));
         tokio::time::advance(Duration::from_secs(200)).await;
-        inspections.outcome("u", Side::Source, endpoint("a")).await;
+        inspections.outcome("u", Side::Source, endpoint("a"), &nobody).await;
         assert_eq!(fake.asked(), 2);
     }
 
@@ -126,9 +155,9 @@ mod tests {
     async fn another_way_or_another_object_is_another_question() {
         let fake = FakeDatabases::answering(Ok(inspection()));
         let inspections = Inspections::new(fake.clone());
-        inspections.outcome("u", Side::Source, endpoint("old password")).await;
-        inspections.outcome("u", Side::Source, endpoint("new password")).await;
-        inspections.outcome("v", Side::Target, endpoint("new password")).await;
+        inspections.outcome("u", Side::Source, endpoint("old password"), &nobody).await;
+        inspections.outcome("u", Side::Source, endpoint("new password"), &nobody).await;
+        inspections.outcome("v", Side::Target, endpoint("new password"), &nobody).await;
         assert_eq!(fake.asked(), 3);
     }
 
@@ -136,19 +165,19 @@ mod tests {
     async fn a_failure_is_looked_at_again_soon_and_then_every_minute() {
         let fake = FakeDatabases::answering(Err((true, reason::HOST_UNREACHABLE)));
         let inspections = Inspections::new(fake.clone());
-        let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        let (outcome, again) = inspections.outcome("u", Side::Source, endpoint("a"), &nobody).await;
         assert!(matches!(outcome, Outcome::Failed(Failure { may_pass: true, reason: "HostUnreachable", .. })), "{outcome:?}");
         assert!((FIRST.mul_f64(0.8)..=FIRST.mul_f64(1.2)).contains(&again));
         let mut again = again;
         for _ in 0..5 {
             tokio::time::advance(again).await;
-            again = inspections.outcome("u", Side::Source, endpoint("a")).await.1;
+            again = inspections.outcome("u", Side::Source, endpoint("a"), &nobody).await.1;
         }
         assert!((FAILING.mul_f64(0.8)..=FAILING.mul_f64(1.2)).contains(&again));
         assert_eq!([0, 1, 2, 6, u32::MAX].map(|failures| pace(failures).as_secs()), [300, 2, 4, 60, 60]);
         fake.answer(Ok(inspection()));
         tokio::time::advance(again).await;
-        let (outcome, _) = inspections.outcome("u", Side::Source, endpoint("a")).await;
+        let (outcome, _) = inspections.outcome("u", Side::Source, endpoint("a"), &nobody).await;
         assert!(outcome.is_settled());
     }
 
@@ -163,16 +192,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_that_never_answers_is_unreachable() {
         let fake = FakeDatabases::silent();
-        let (outcome, _) = Inspections::new(fake).outcome("u", Side::Source, endpoint("a")).await;
+        let (outcome, _) = Inspections::new(fake).outcome("u", Side::Source, endpoint("a"), &nobody).await;
         assert!(matches!(outcome, Outcome::Failed(Failure { may_pass: true, reason: "HostUnreachable", .. })), "{outcome:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn deleted_objects_are_forgotten() {
         let inspections = Inspections::new(FakeDatabases::answering(Ok(inspection())));
-        inspections.outcome("gone", Side::Source, endpoint("a")).await;
+        inspections.outcome("gone", Side::Source, endpoint("a"), &nobody).await;
         tokio::time::advance(FINE * 2 + FORGET_AFTER).await;
-        inspections.outcome("new", Side::Source, endpoint("a")).await;
+        inspections.outcome("new", Side::Source, endpoint("a"), &nobody).await;
         assert_eq!(inspections.known.lock().expect("known").keys().collect::<Vec<_>>(), ["new"]);
     }
 }

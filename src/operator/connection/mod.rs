@@ -15,6 +15,7 @@ use super::cache::{Caches, Wake, Watched, any_change, beyond_status};
 use super::context::Context;
 use super::databases::{self, Databases};
 use super::error::{ErrorClass, Result};
+use super::mirror::plan;
 use super::reconcile;
 use super::shutdown::Shutdown;
 use super::slim::SlimMirror;
@@ -32,6 +33,7 @@ use kube::{Resource, ResourceExt as _};
 pub use policy::DeletionPolicy;
 use release::{Releases, Use};
 use report::{Failure, Observation, Outcome, Report};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -92,12 +94,27 @@ struct Shared {
     inspections: Inspections,
     releases: Releases,
     policy: DeletionPolicy,
+    mirrors: Mirrors,
+}
+
+/// All Mirrors that are served.
+struct Mirrors {
+    store: Store<SlimMirror>,
+    filled: tokio::sync::watch::Receiver<bool>,
+}
+
+impl Mirrors {
+    /// Slots of all of them, whatever their source: a slot that any of them names is nobody's orphan. `None` while not all are known.
+    fn slots(&self) -> Option<BTreeSet<String>> {
+        (*self.filled.borrow()).then(|| self.store.state().iter().map(|mirror| plan::slot(mirror)).collect())
+    }
 }
 
 /// Starts the controllers of Source and Target; they end when `shutdown` is cancelled, after their running passes.
 pub fn spawn(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shutdown, caches: &mut Caches, databases: Arc<dyn Databases>) {
-    let shared =
-        Arc::new(Shared { inspections: Inspections::new(databases), releases: Releases::default(), policy: DeletionPolicy::default() });
+    let mirrors = Mirrors { store: caches.mirrors.store.clone(), filled: caches.mirrors.filled() };
+    let (releases, policy) = (Releases::default(), DeletionPolicy::default());
+    let shared = Arc::new(Shared { inspections: Inspections::new(databases), releases, policy, mirrors });
     control::<Source>(tasks, ctx, shutdown, caches, &shared);
     control::<Target>(tasks, ctx, shutdown, caches, &shared);
 }
@@ -115,7 +132,23 @@ fn control<K: Kind>(tasks: &mut JoinSet<()>, ctx: &Arc<Context>, shutdown: &Shut
         async move { reconcile(object.as_ref(), &ctx, &shared).await }
     };
     tasks.spawn(reconcile::run(K::CONTROLLER, controller, ctx.clone(), shutdown.clone(), pass));
+    if K::SIDE == Side::Source {
+        tasks.spawn(count_orphans(ctx.clone(), store.clone(), shutdown.clone()));
+    }
     tasks.spawn(reconcile::count_resources(ctx.clone(), store, K::KIND, is_ready::<K>, shutdown.clone()));
+}
+
+/// Shows in the metrics how many slots without a Mirror the Sources list, and what is kept for them.
+async fn count_orphans<K: Kind>(ctx: Arc<Context>, store: Store<K>, shutdown: Shutdown) {
+    let mut tick = tokio::time::interval(Duration::from_secs(15));
+    while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
+        let all = store.state();
+        let listed = all.iter().filter_map(|object| object.connection_status()).flat_map(|status| &status.orphaned_slots);
+        let idle = listed.filter(|slot| !slot.active);
+        let (count, bytes) =
+            idle.fold((0, 0), |(count, bytes), slot| (count + 1, slot.retained_bytes.unwrap_or_default().saturating_add(bytes)));
+        ctx.metrics.set_slots_without_mirror(count, bytes);
+    }
 }
 
 fn is_ready<K: Kind>(object: &K) -> bool {
@@ -161,7 +194,7 @@ async fn look<K: Kind>(object: &K, ctx: &Context, shared: &Shared) -> Result<(Ou
     match databases::resolve(ctx, &namespace, &object.connection()).await {
         Ok(endpoint) => {
             let uid = object.meta().uid.as_deref().unwrap_or_default();
-            Ok(shared.inspections.outcome(uid, K::SIDE, endpoint).await)
+            Ok(shared.inspections.outcome(uid, K::SIDE, endpoint, &|| shared.mirrors.slots()).await)
         }
         // Secrets are not watched; they are read again at this pace.
         Err(error) if matches!(error.class, ErrorClass::Missing | ErrorClass::Invalid) => {

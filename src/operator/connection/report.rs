@@ -1,17 +1,21 @@
 //! What is said of a Source or Target, from what was observed. Pure.
 
 use crate::engine::error::{Class, Error, reason as engine};
-use crate::operator::databases::{FailedPrerequisite, Inspection};
+use crate::operator::databases::{FailedPrerequisite, Inspection, MirrorSlot};
 use crate::operator::error::OperatorError;
 use crate::operator::events::EventKind;
 use crate::resources::conditions::{self, Finding, MESSAGE_LIMIT, cut, kind, reason};
-use crate::resources::{ConnectionStatus, Prerequisite};
+use crate::resources::{ConnectionStatus, OrphanedSlot, Prerequisite};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeSet;
 
 /// Prerequisites listed at most, as in the schema.
 const LISTED: usize = 64;
+/// Orphaned slots listed at most, as in the schema.
+const LISTED_SLOTS: usize = 32;
+/// Orphaned slots that one event names.
+const TOLD_SLOTS: usize = 5;
 /// Longest name of a prerequisite, as in the schema.
 const NAME_LIMIT: usize = 63;
 
@@ -104,6 +108,9 @@ pub fn report(seen: Observation<'_>, now: Timestamp) -> Report {
                 status.server_version = Some(found.server_version.clone());
                 status.system_identifier = Some(found.system_identifier.clone());
                 status.failed_prerequisites = found.failed.iter().take(LISTED).map(prerequisite).collect();
+                if let Some(slots) = &found.slots {
+                    status.orphaned_slots = slots.iter().take(LISTED_SLOTS).map(orphan).collect();
+                }
                 inspected(found)
             }
         },
@@ -115,7 +122,8 @@ pub fn report(seen: Observation<'_>, now: Timestamp) -> Report {
         findings.push(Finding::yes(kind::RECONCILING, reason::DELETING, message));
     }
     findings.extend(seen.protection.map(protection));
-    let news = findings.iter().filter_map(|finding| news(&seen.old.conditions, finding)).collect();
+    let of_slots = news_of_slots(&seen.old.orphaned_slots, &status.orphaned_slots);
+    let news = findings.iter().filter_map(|finding| news(&seen.old.conditions, finding)).chain(of_slots).collect();
     conditions::replace(&mut status.conditions, findings, seen.generation, now);
     Report { status, news }
 }
@@ -194,6 +202,32 @@ fn prerequisite(failed: &FailedPrerequisite) -> Prerequisite {
         message: cut(failed.message.clone(), MESSAGE_LIMIT),
         cure: failed.cure.clone().map(|cure| cut(cure, MESSAGE_LIMIT)),
     }
+}
+
+fn orphan(slot: &MirrorSlot) -> OrphanedSlot {
+    OrphanedSlot {
+        name: slot.name.clone(),
+        active: slot.active,
+        retained_bytes: slot.retained.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+        cure: slot.cure.clone(),
+    }
+}
+
+/// An event for slots that nobody reads and that were not listed before.
+fn news_of_slots(old: &[OrphanedSlot], new: &[OrphanedSlot]) -> Option<News> {
+    let is_known = |slot: &OrphanedSlot| old.iter().any(|old| old.name == slot.name && !old.active);
+    let first: Vec<_> = new.iter().filter(|slot| !slot.active && !is_known(slot)).collect();
+    let (names, cures): (Vec<_>, Vec<_>) = first.iter().take(TOLD_SLOTS).map(|slot| (slot.name.as_str(), slot.cure.as_str())).unzip();
+    let more = if first.len() > TOLD_SLOTS { format!(" and {} more", first.len() - TOLD_SLOTS) } else { String::new() };
+    (!first.is_empty()).then(|| News {
+        kind: EventKind::Warning,
+        reason: reason::SLOT_ORPHANED,
+        note: format!(
+            "{}{more}: no Mirror that this operator serves has these slots, and the source keeps its log for them; if no Mirror of another cluster or namespace does, run there: {}",
+            names.join(", "),
+            cures.join("; ")
+        ),
+    })
 }
 
 /// An event for what changed: whether it is ready, what is missing, what does not protect it, that its deletion waits.

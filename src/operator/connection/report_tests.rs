@@ -58,9 +58,16 @@ fn a_fine_database_is_ready_and_settled() {
     ];
     assert_eq!(words(&report), expected);
     assert_eq!(told(&report), [(EventKind::Normal, "Available")]);
-    let ConnectionStatus { observed_generation, conditions, server_version, system_identifier, failed_prerequisites, protected_secrets } =
-        report.status;
-    assert!(protected_secrets.is_empty());
+    let ConnectionStatus {
+        observed_generation,
+        conditions,
+        server_version,
+        system_identifier,
+        orphaned_slots,
+        failed_prerequisites,
+        protected_secrets,
+    } = report.status;
+    assert!(protected_secrets.is_empty() && orphaned_slots.is_empty());
     assert_eq!((observed_generation, server_version.as_deref(), system_identifier.as_deref()), (Some(2), Some("17.2"), Some("7001")));
     assert!(failed_prerequisites.is_empty());
     assert!(conditions.iter().all(|condition| condition.observed_generation == Some(2)));
@@ -193,4 +200,28 @@ fn what_a_server_says_fits_into_the_schema() {
     let one = &status.failed_prerequisites[0];
     assert!(one.name.len() <= 63 && one.message.len() <= 1024 && one.cure.as_ref().is_some_and(|cure| cure.len() <= 1024));
     assert!(status.conditions.iter().all(|condition| condition.message.len() <= 1024));
+}
+
+#[test]
+fn slots_without_a_mirror_are_listed_and_told_once() {
+    let slot = |name: &str, active| MirrorSlot { name: name.into(), active, retained: Some(7), cure: format!("drop {name}") };
+    let with = |slots| Outcome::Inspected(Inspection { slots, ..inspection() });
+    let slots: Vec<_> = (0..40).map(|n| slot(&format!("s{n:02}"), n == 1)).collect();
+    let report = after(&first(&fine()).status, &with(Some(slots.clone())));
+    let listed: Vec<_> = report.status.orphaned_slots.iter().map(|slot| (slot.name.as_str(), slot.active)).collect();
+    assert_eq!((listed.len(), &listed[..3]), (32, &[("s00", false), ("s01", true), ("s02", false)][..]));
+    assert_eq!((report.status.orphaned_slots[0].retained_bytes, report.status.orphaned_slots[0].cure.as_str()), (Some(7), "drop s00"));
+    assert_eq!(told(&report), [(EventKind::Warning, "SlotOrphaned")]);
+    let note = &report.news[0].note;
+    assert!(
+        note.starts_with("s00, s02, s03, s04, s05 and 26 more: ") && note.ends_with("drop s00; drop s02; drop s03; drop s04; drop s05"),
+        "{note}"
+    );
+    assert!(after(&report.status, &with(Some(slots))).news.is_empty());
+    // What is not known now keeps the last word.
+    for outcome in [with(None), failing(true, "HostUnreachable")] {
+        assert_eq!(after(&report.status, &outcome).status.orphaned_slots.len(), 32);
+    }
+    let gone = after(&report.status, &with(Some(vec![])));
+    assert!(gone.status.orphaned_slots.is_empty() && gone.news.is_empty());
 }

@@ -3,6 +3,7 @@
 //! [`inspect`] asks, [`check`] judges without I/O.
 
 mod check;
+mod slots;
 
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
@@ -10,6 +11,7 @@ use super::source::answer;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::QualifiedName;
 use check::{Backend, Facts, Standbys};
+pub use slots::OwnSlot;
 use std::str::FromStr;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
@@ -43,6 +45,8 @@ pub struct Inspection {
     pub may_set_replica_role: bool,
     /// What is missing, and warnings.
     pub failed: Vec<FailedPrerequisite>,
+    /// Of a source: slots that streams of ours have made.
+    pub own_slots: Vec<OwnSlot>,
 }
 
 /// One prerequisite that is not met.
@@ -68,6 +72,7 @@ pub async fn inspect(endpoint: &Endpoint, side: Side, checks: Checks<'_>) -> Res
     let is_pooled = check::is_pooled(&backends(endpoint, side, &session, &facts).await?);
     let may_set_replica_role = side == Side::Target && may_set_replica_role(&session, side).await?;
     let unreadable = if side == Side::Source { unreadable(&session, checks.tables).await? } else { Vec::new() };
+    let own_slots = if side == Side::Source && !facts.in_recovery && !is_pooled { slots::own(&session).await? } else { Vec::new() };
     let failed = match side {
         Side::Source => check::source(&facts, is_pooled, &unreadable),
         Side::Target => check::target(&facts, is_pooled),
@@ -81,6 +86,7 @@ pub async fn inspect(endpoint: &Endpoint, side: Side, checks: Checks<'_>) -> Res
         read_only: facts.read_only,
         may_set_replica_role,
         failed,
+        own_slots,
     })
 }
 
