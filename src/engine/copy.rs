@@ -7,8 +7,9 @@
 use super::error::{Class, Error, Result, reason};
 use super::flow::{SnapshotConfig, lost_task};
 use super::progress::{Phase, Progress};
+use super::register::Register;
 use super::retry::Backoff;
-use super::roles::{Apply, Builders, BulkFormat, Claim, Range, Snapshot, Source, Target};
+use super::roles::{Builders, BulkFormat, Claim, Range, Snapshot, Source, Target};
 use super::table::{MappedTable, TableState};
 use futures::{TryStreamExt as _, stream};
 use std::sync::Arc;
@@ -28,9 +29,9 @@ pub(super) struct CopyJob<'a, S, T> {
 }
 
 /// Copies tables under a snapshot, which ends with it. Each is `CatchingUp` from the snapshot's position afterwards.
-pub(super) async fn copy_tables<S, T>(
+pub(super) async fn copy_tables<S, T, R>(
     job: &CopyJob<'_, S, T>,
-    applier: &mut T::Applier,
+    register: &mut R,
     snapshot: S::Snapshot,
     tables: &[&MappedTable],
     copied_before: u64,
@@ -38,14 +39,15 @@ pub(super) async fn copy_tables<S, T>(
 where
     S: Source,
     T: Target<Position = S::Position>,
+    R: Register<Position = S::Position>,
 {
     job.progress.set_phase(Phase::Copying);
     job.progress.begin_copy(copied_before, copied_before + tables.iter().map(|table| table.estimated_rows).sum::<u64>());
     let snapshot = Arc::new(snapshot);
-    let applier = Mutex::new(applier);
+    let register = Mutex::new(register);
     let waiting = Mutex::new(tables.to_vec());
     let result = stream::iter(tables.iter().map(Ok))
-        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |table| copy_table(job, &applier, &snapshot, &waiting, table))
+        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |table| copy_table(job, &register, &snapshot, &waiting, table))
         .await;
     if let Some(snapshot) = Arc::into_inner(snapshot) {
         snapshot.close().await;
@@ -53,9 +55,9 @@ where
     result
 }
 
-async fn copy_table<'b, S, T>(
+async fn copy_table<'b, S, T, R>(
     job: &CopyJob<'b, S, T>,
-    applier: &Mutex<&'b mut T::Applier>,
+    register: &Mutex<&'b mut R>,
     snapshot: &Arc<S::Snapshot>,
     waiting: &Mutex<Vec<&MappedTable>>,
     table: &MappedTable,
@@ -63,50 +65,44 @@ async fn copy_table<'b, S, T>(
 where
     S: Source,
     T: Target<Position = S::Position>,
+    R: Register<Position = S::Position>,
 {
     let name = table.source();
     let generation = {
         let mut waiting = waiting.lock().await;
         waiting.retain(|other| other.source() != name);
-        applier.lock().await.begin_copy(table, &waiting, job.config.truncate).await.map_err(|error| error.context(name))?
+        register.lock().await.begin_copy(table, &waiting, job.config.truncate).await.map_err(|error| error.context(name))?
     };
     job.progress.set_table(name, TableState::Copying);
     let format = job.target.bulk_format(table).await.map_err(|error| error.context(name))?;
-    let copy = RangeCopy { job, applier, snapshot, table, generation, format };
+    let copy = RangeCopy { job, register, snapshot, table, generation, format };
     stream::iter(snapshot.ranges(table, job.config.rows_per_range).into_iter().map(Ok))
         .try_for_each_concurrent(job.config.workers_per_table.max(1), |range| copy.run(range))
         .await
         .map_err(|error| error.context(name))?;
-    applier.lock().await.set_state(table, TableState::Copied, Some(snapshot.position())).await?;
-    finish_table(job, applier, table, snapshot.position()).await
+    register.lock().await.set_state(table, TableState::Copied, Some(snapshot.position())).await?;
+    finish_table(job, register, table, snapshot.position()).await
 }
 
 /// Finishes tables whose rows are all there; each is `CatchingUp` from its position afterwards.
-pub(super) async fn finish_tables<S, T>(
-    job: &CopyJob<'_, S, T>,
-    applier: &mut T::Applier,
-    tables: &[(&MappedTable, S::Position)],
-) -> Result<()>
+pub(super) async fn finish_tables<S, T, R>(job: &CopyJob<'_, S, T>, register: &mut R, tables: &[(MappedTable, S::Position)]) -> Result<()>
 where
     S: Source,
     T: Target<Position = S::Position>,
+    R: Register<Position = S::Position>,
 {
     job.progress.set_phase(Phase::Copying);
-    let applier = Mutex::new(applier);
+    let register = Mutex::new(register);
     stream::iter(tables.iter().map(Ok))
-        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |(table, position)| finish_table(job, &applier, table, position))
+        .try_for_each_concurrent(job.config.tables_in_parallel.max(1), |(table, position)| finish_table(job, &register, table, position))
         .await
 }
 
-async fn finish_table<S, T>(
-    job: &CopyJob<'_, S, T>,
-    applier: &Mutex<&mut T::Applier>,
-    table: &MappedTable,
-    position: &S::Position,
-) -> Result<()>
+async fn finish_table<S, T, R>(job: &CopyJob<'_, S, T>, register: &Mutex<&mut R>, table: &MappedTable, position: &S::Position) -> Result<()>
 where
     S: Source,
     T: Target<Position = S::Position>,
+    R: Register<Position = S::Position>,
 {
     let name = table.source();
     job.progress.set_table(name, TableState::Copied);
@@ -119,25 +115,26 @@ where
     let finished = finish.await.map_err(|error| error.context(name));
     job.progress.set_step(name, None);
     finished?;
-    applier.lock().await.set_state(table, TableState::CatchingUp, Some(position)).await?;
+    register.lock().await.set_state(table, TableState::CatchingUp, Some(position)).await?;
     job.progress.set_table(name, TableState::CatchingUp);
     Ok(())
 }
 
 /// The copy of one table's ranges.
-struct RangeCopy<'a, 'b, S: Source, T: Target> {
+struct RangeCopy<'a, 'b, S: Source, T: Target, R> {
     job: &'a CopyJob<'b, S, T>,
-    applier: &'a Mutex<&'b mut T::Applier>,
+    register: &'a Mutex<&'b mut R>,
     snapshot: &'a Arc<S::Snapshot>,
     table: &'a MappedTable,
     generation: i64,
     format: BulkFormat,
 }
 
-impl<S, T> RangeCopy<'_, '_, S, T>
+impl<S, T, R> RangeCopy<'_, '_, S, T, R>
 where
     S: Source,
     T: Target<Position = S::Position>,
+    R: Register<Position = S::Position>,
 {
     /// Copies a range, again when a connection was lost on the way: the snapshot is still there.
     async fn run(&self, range: Range) -> Result<()> {
@@ -156,7 +153,7 @@ where
             tracing::warn!(table = %self.table.source(), range = range.number, %error, "a range is copied again");
             tokio::time::sleep(backoff.next(error.class)).await;
             // Its commit may have come through, and only the answer not.
-            if self.applier.lock().await.done_ranges(self.table, self.generation).await?.contains(&range.number) {
+            if self.register.lock().await.done_ranges(self.table, self.generation).await?.contains(&range.number) {
                 return Ok(());
             }
         }

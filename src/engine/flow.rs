@@ -1,21 +1,24 @@
-//! One session of a mirror: claim, set up, copy, stream.
+//! Sessions of a mirror: claim, set up, copy, stream.
 //!
-//! A session ends with an error or because it is told to; whoever runs it begins another one. Nothing learned from the
-//! target in one session is used in the next: each begins with a claim and reads the checkpoint.
+//! A session ends with an error or because it is told to; whoever runs it begins another one. It ends by itself when tables have been
+//! copied beside the stream, and the next one follows them from where their copies stand. Nothing learned from the target in one
+//! session is used in the next: each begins with a claim and reads the checkpoint.
 
-use super::copy::{CopyJob, copy_tables, finish_tables};
+use super::copy::{CopyJob, copy_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
+use super::pending::{Pending, copy_beside};
 use super::progress::{Phase, Progress};
+use super::register::Register as _;
+use super::resume::{Switch, resume};
 use super::retention::{self, Action, Budget};
 use super::retry::Backoff;
-use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, TableCheckpoint, Target};
+use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
 use super::startup::{Facts, Start, check_mapping, decide};
 use super::stream::follow;
 use super::structure::{IndexRole, Structure};
 use super::table::{MappedTable, QualifiedName, TableState};
 use futures::future;
-use std::cmp::Ordering::{Equal, Less};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -81,10 +84,10 @@ pub struct Stop {
     pub now: CancellationToken,
 }
 
-/// Runs one session. `held` is the epoch of this process's last claim and is set by each new one.
+/// Runs sessions until one fails. `held` is the epoch of this process's last claim and is set by each new one.
 ///
 /// # Errors
-/// Whatever ends the session; its class says what to do. `Ok` when it was told to end.
+/// Whatever ends a session; its class says what to do. `Ok` when it was told to end.
 pub async fn run<S, T>(
     source: Arc<S>,
     target: Arc<T>,
@@ -97,15 +100,26 @@ where
     S: Source,
     T: Target<Position = S::Position>,
 {
-    progress.begin_session();
+    let mut copies = None;
+    let sessions = async {
+        loop {
+            progress.begin_session();
+            // On the heap, as are its parts: together they are large.
+            Box::pin(session(&source, &target, config, progress, stop, held, &mut copies)).await?;
+            if stop.finish.is_cancelled() || stop.now.is_cancelled() {
+                return Ok(());
+            }
+        }
+    };
     tokio::select! {
         biased;
-        ended = session(&source, &target, config, progress, stop, held) => return ended,
+        ended = sessions => return ended,
         () = retention::watch(&*source, &config.budget, progress) => {}
     }
     Err(retention::give_up(&*source, &config.slot).await)
 }
 
+/// `Ok`: it was told to end, or tables have been copied. `copies` counts the copies that have failed one after the other.
 async fn session<S, T>(
     source: &Arc<S>,
     target: &Arc<T>,
@@ -113,24 +127,29 @@ async fn session<S, T>(
     progress: &Progress,
     stop: &Stop,
     held: &mut Option<i64>,
+    copies: &mut Option<Backoff>,
 ) -> Result<()>
 where
     S: Source,
     T: Target<Position = S::Position>,
 {
-    let set_up = set_up(source, target, config, progress, held);
+    let set_up = Box::pin(set_up(source, target, config, progress, held));
     let ready = tokio::select! {
         biased;
         () = stop.now.cancelled() => return Ok(()),
         () = stop.finish.cancelled() => return Ok(()),
         ready = set_up => ready?,
     };
-    let (ready, claim) = ready;
+    let SetUp { ready, pending, claim } = ready;
     let tables = ready.tables.clone();
     let related = AtomicBool::new(false);
+    let job = CopyJob { source, target, claim: &claim, config: &config.snapshot, progress };
+    let copies = copies.get_or_insert_with(|| Backoff::new(claim.epoch.unsigned_abs()));
+    let end = Stop { finish: stop.finish.child_token(), now: stop.now.clone() };
     tokio::select! {
         biased;
-        ended = follow(&**source, ready, config.limits, progress, stop, &related) => ended,
+        ended = Box::pin(follow(&**source, ready, config.limits, progress, &end, &related)) => ended,
+        error = Box::pin(copy_beside(&job, &pending, copies, &end.finish)) => Err(error),
         never = relate(&**target, &claim, &tables, progress, &related) => match never {},
     }
 }
@@ -158,11 +177,21 @@ async fn relate<T: Target>(target: &T, claim: &Claim, tables: &[MappedTable], pr
     std::future::pending().await
 }
 
-/// A claimed stream whose tables are all copied.
+/// A claimed stream, and the tables that follow it.
 pub(super) struct ReadyStream<S: Source, A> {
     pub tables: Vec<MappedTable>,
     pub handover: Handover<S::Position>,
     pub applier: A,
+    /// Other tables are copied meanwhile.
+    pub beside_copy: bool,
+}
+
+/// What a session begins with.
+struct SetUp<S: Source, A> {
+    ready: ReadyStream<S, A>,
+    /// Tables that are copied beside the stream.
+    pending: Pending<S::Position>,
+    claim: Claim,
 }
 
 async fn set_up<S, T>(
@@ -171,7 +200,7 @@ async fn set_up<S, T>(
     config: &StreamConfig,
     progress: &Progress,
     held: &mut Option<i64>,
-) -> Result<(ReadyStream<S, T::Applier>, Claim)>
+) -> Result<SetUp<S, T::Applier>>
 where
     S: Source,
     T: Target<Position = S::Position>,
@@ -212,13 +241,14 @@ where
     progress.add_notes(notes?);
     let start = start?;
     progress.set_phase(Phase::SettingUp);
-    let mut job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
+    let job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
+    let mut pending = Pending::default();
     let handover = match start {
-        Start::Fresh { drop_unfinished } => fresh(&mut job, &mut applier, &tables, identity.timeline, drop_unfinished).await?,
+        Start::Fresh { drop_unfinished } => Box::pin(fresh(&job, &mut applier, &tables, identity.timeline, drop_unfinished)).await?,
         Start::Again => {
             progress.begin_copy(0, 0);
             applier.start_over().await?;
-            fresh(&mut job, &mut applier, &tables, identity.timeline, false).await?
+            Box::pin(fresh(&job, &mut applier, &tables, identity.timeline, false)).await?
         }
         Start::From(position) => {
             source.publish(&tables, &[]).await?;
@@ -232,11 +262,15 @@ where
             // `begin` resumes only from a checkpoint.
             let checkpoint = checkpoint.ok_or_else(|| Error::bug("a stream without checkpoint was resumed"))?;
             let switch = left_at.map(|left_at| Switch { left_at, timeline: identity.timeline });
-            resume(&mut job, &mut applier, &tables, checkpoint, position, switch.as_ref()).await?
+            let handover;
+            (handover, pending) = Box::pin(resume(&job, &mut applier, &tables, checkpoint, position, switch.as_ref())).await?;
+            handover
         }
     };
-    applier.prepare(&tables).await?;
-    Ok((ReadyStream { tables, handover, applier }, claimed.claim))
+    let beside_copy = !pending.is_empty();
+    let followed: Vec<MappedTable> = tables.into_iter().filter(|table| !pending.holds(table)).collect();
+    applier.prepare(&followed).await?;
+    Ok(SetUp { ready: ReadyStream { tables: followed, handover, applier, beside_copy }, pending, claim: claimed.claim })
 }
 
 /// The mapped tables with what the target shall get of them, in the order in which they are copied.
@@ -316,7 +350,10 @@ fn parse_start<P: std::str::FromStr>(text: Option<&str>) -> Result<Option<P>> {
     text.map(|text| text.parse().map_err(|_| invalid(text))).transpose()
 }
 
-fn following<'a, P: super::position::Position>(checkpoint: &P, tables: impl Iterator<Item = (&'a MappedTable, Option<P>)>) -> Handover<P> {
+pub(super) fn following<'a, P: super::position::Position>(
+    checkpoint: &P,
+    tables: impl Iterator<Item = (&'a MappedTable, Option<P>)>,
+) -> Handover<P> {
     let mut handover = Handover::new(checkpoint.clone());
     for (table, right_up_to) in tables {
         handover.follow(table.version.id, table.source().clone(), right_up_to);
@@ -325,7 +362,7 @@ fn following<'a, P: super::position::Position>(checkpoint: &P, tables: impl Iter
 }
 
 async fn fresh<S, T>(
-    job: &mut CopyJob<'_, S, T>,
+    job: &CopyJob<'_, S, T>,
     applier: &mut T::Applier,
     tables: &[MappedTable],
     timeline: i64,
@@ -348,168 +385,21 @@ where
     job.progress.set_tables(tables.iter().map(|table| (table.source().clone(), TableState::Init)).collect());
     copy_tables(job, applier, snapshot, &all, 0).await?;
     let mut handover = following(&position, tables.iter().map(|table| (table, Some(position.clone()))));
-    join(applier, tables, &mut handover, position).await?;
+    join(applier, tables, &mut handover).await?;
     Ok(handover)
 }
 
 /// Tables whose copy is tied to the checkpoint itself join at once: everything up to it is in the copy.
-async fn join<A: Apply>(
-    applier: &mut A,
-    tables: &[MappedTable],
-    handover: &mut Handover<A::Position>,
-    position: A::Position,
-) -> Result<()> {
-    let joining = handover.joining(&position);
-    for table in tables.iter().filter(|table| joining.contains(table.source())) {
+pub(super) async fn join<A: Apply>(applier: &mut A, tables: &[MappedTable], handover: &mut Handover<A::Position>) -> Result<()> {
+    let level = handover.take_level();
+    for table in tables.iter().filter(|table| level.contains(table.source())) {
         applier.set_state(table, TableState::Ready, None).await?;
     }
-    handover.moved(position);
     Ok(())
 }
 
-/// The source has changed its timeline since the checkpoint.
-struct Switch<P> {
-    /// Where it left the checkpoint's.
-    left_at: P,
-    /// The new one.
-    timeline: i64,
-}
-
-impl<P: super::position::Position> Switch<P> {
-    /// A table that is catching up lies ahead of the checkpoint: its copy may hold what the new timeline never had.
-    fn undoes(&self, table: &TableCheckpoint<P>) -> bool {
-        table.is_copied() && table.position.as_ref().is_some_and(|own| !matches!(own.partial_cmp(&self.left_at), Some(Less | Equal)))
-    }
-}
-
-/// What a checkpoint says of the tables that are mapped now.
-struct Sorted<'a, P> {
-    /// Follow from their own position, or from the checkpoint.
-    followed: Vec<(&'a MappedTable, Option<P>)>,
-    /// Have all rows as of a position; what comes after the rows was interrupted.
-    to_finish: Vec<(&'a MappedTable, P)>,
-    /// Need a copy: new, unfinished, or with other columns than were copied.
-    to_copy: Vec<&'a MappedTable>,
-    /// Out of the publication while nobody looked: changes are gone.
-    left: Vec<&'a MappedTable>,
-    /// Rows that earlier copies have brought.
-    rows_copied: u64,
-}
-
-fn sort_tables<'a, P: super::position::Position>(
-    tables: &'a [MappedTable],
-    checkpoint: &Checkpoint<P>,
-    published: &[QualifiedName],
-    switch: Option<&Switch<P>>,
-) -> Sorted<'a, P> {
-    let mut sorted = Sorted { followed: Vec::new(), to_finish: Vec::new(), to_copy: Vec::new(), left: Vec::new(), rows_copied: 0 };
-    for table in tables {
-        let known = checkpoint.tables.get(table.source()).filter(|known| known.target == table.target);
-        match known {
-            Some(known) if known.state == TableState::Error => sorted.left.push(table),
-            Some(known) if switch.is_some_and(|switch| switch.undoes(known)) => sorted.to_copy.push(table),
-            Some(known) if known.is_copied() && known.columns == table.signature() => {
-                if !published.contains(table.source()) {
-                    sorted.left.push(table);
-                    continue;
-                }
-                sorted.rows_copied += known.rows_copied.unsigned_abs();
-                match (known.state, &known.position) {
-                    (TableState::Copied, Some(position)) => sorted.to_finish.push((table, position.clone())),
-                    _ => sorted.followed.push((table, known.position.clone())),
-                }
-            }
-            _ => sorted.to_copy.push(table),
-        }
-    }
-    sorted
-}
-
-async fn resume<S, T>(
-    job: &mut CopyJob<'_, S, T>,
-    applier: &mut T::Applier,
-    tables: &[MappedTable],
-    checkpoint: &Checkpoint<S::Position>,
-    position: S::Position,
-    switch: Option<&Switch<S::Position>>,
-) -> Result<Handover<S::Position>>
-where
-    S: Source,
-    T: Target<Position = S::Position>,
-{
-    let published = job.source.published().await?;
-    let sorted = sort_tables(tables, checkpoint, &published, switch);
-    if !sorted.to_copy.is_empty() && !job.config.enabled {
-        let names: Vec<String> = sorted.to_copy.iter().map(|table| table.source().to_string()).collect();
-        return Err(Error::stop(
-            reason::START_POSITION_REQUIRED,
-            format!("{} must be copied, but snapshot.enabled is false", names.join(", ")),
-        ));
-    }
-    // Forgotten first: a table that left the publication by our own hand must never look as if somebody had taken it out.
-    let gone: Vec<QualifiedName> =
-        checkpoint.tables.keys().filter(|name| !tables.iter().any(|table| table.source() == *name)).cloned().collect();
-    if !gone.is_empty() {
-        applier.forget(&gone).await?;
-    }
-    if let Some(switch) = switch {
-        // Before the timeline is written: afterwards nothing tells such a copy from a good one.
-        let is_undone = |table: &&MappedTable| checkpoint.tables.get(table.source()).is_some_and(|known| switch.undoes(known));
-        for table in sorted.to_copy.iter().filter(|table| is_undone(table)) {
-            applier.set_state(table, TableState::Init, None).await?;
-        }
-        applier.set_timeline(switch.timeline).await?;
-    }
-    let remaining: Vec<MappedTable> =
-        tables.iter().filter(|table| !sorted.left.iter().any(|left| left.source() == table.source())).cloned().collect();
-    job.source.publish(&remaining, &published).await?;
-    report_known(job.progress, &sorted);
-    for table in &sorted.left {
-        applier.set_state(table, TableState::Error, None).await?;
-        job.progress.table_failed(table.source(), left_publication());
-    }
-    job.progress.set_copied(sorted.rows_copied);
-    let mut handover = following(&position, sorted.followed.iter().cloned());
-    if !sorted.to_finish.is_empty() {
-        finish_tables(job, applier, &sorted.to_finish).await?;
-        for (table, own) in &sorted.to_finish {
-            handover.follow(table.version.id, table.source().clone(), Some(own.clone()));
-        }
-    }
-    if !sorted.to_copy.is_empty() {
-        let snapshot = watched(job, job.source.snapshot()).await?;
-        let right_up_to = snapshot.position().clone();
-        copy_tables(job, applier, snapshot, &sorted.to_copy, sorted.rows_copied).await?;
-        for table in &sorted.to_copy {
-            handover.follow(table.version.id, table.source().clone(), Some(right_up_to.clone()));
-        }
-    }
-    if !sorted.to_finish.is_empty() || !sorted.to_copy.is_empty() {
-        // An idle source would never move past the new tables' positions by itself.
-        job.source.mark().await?;
-    }
-    join(applier, tables, &mut handover, position).await?;
-    Ok(handover)
-}
-
-pub(super) fn left_publication() -> String {
-    format!(
-        "{}: the table was taken out of the publication, so changes are gone; take it out of the Mirror and add it again for a new copy",
-        reason::LEFT_PUBLICATION
-    )
-}
-
-fn report_known<P>(progress: &Progress, sorted: &Sorted<'_, P>) {
-    let state = |own: &Option<P>| if own.is_some() { TableState::CatchingUp } else { TableState::Ready };
-    let followed = sorted.followed.iter().map(|(table, own)| (table.source().clone(), state(own)));
-    let followed = followed.chain(sorted.to_finish.iter().map(|(table, _)| (table.source().clone(), TableState::Copied)));
-    let others = [(&sorted.to_copy, TableState::Init), (&sorted.left, TableState::Error)];
-    let others = others.into_iter().flat_map(|(tables, state)| tables.iter().map(move |table| (table.source().clone(), state)));
-    progress.set_tables(followed.chain(others).collect());
-}
-
 /// Shows what a slow step of the source waits for while it runs.
-async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Output = Result<O>>) -> Result<O> {
+pub(super) async fn watched<S: Source, T, O>(job: &CopyJob<'_, S, T>, step: impl Future<Output = Result<O>>) -> Result<O> {
     let mut step = std::pin::pin!(step);
     let mut look = tokio::time::interval(std::time::Duration::from_secs(1));
     let result = loop {

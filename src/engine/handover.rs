@@ -6,6 +6,7 @@
 
 use super::batch::Part;
 use super::position::Position;
+use super::register::Reached;
 use super::table::{QualifiedName, TableState};
 use std::collections::HashMap;
 
@@ -14,9 +15,18 @@ use std::collections::HashMap;
 struct Following<P> {
     name: QualifiedName,
     /// `Some` while it is catching up.
-    right_up_to: Option<P>,
+    own: Option<Own<P>>,
     /// Not followed: it has left the publication.
     error: bool,
+}
+
+/// The own position of a table that is catching up.
+#[derive(Clone, Debug, PartialEq)]
+struct Own<P> {
+    /// A: up to where it is right.
+    right_up_to: P,
+    /// Where that was on the target's disk for sure: the log must not be thrown away behind it.
+    hold: P,
 }
 
 /// Which tables follow the stream, and from where.
@@ -24,12 +34,19 @@ struct Following<P> {
 pub struct Handover<P> {
     checkpoint: P,
     tables: HashMap<u32, Following<P>>,
+    /// From where on tables that do not follow yet will need the log.
+    hold: Option<P>,
+}
+
+/// The earlier one of two positions of one log.
+fn earlier<P: Position>(one: P, other: &P) -> P {
+    if *other < one { other.clone() } else { one }
 }
 
 impl<P: Position> Handover<P> {
     /// A stream at its checkpoint, with no tables.
     pub fn new(checkpoint: P) -> Self {
-        Self { checkpoint, tables: HashMap::new() }
+        Self { checkpoint, tables: HashMap::new(), hold: None }
     }
 
     /// P: the position up to which everything due has been applied.
@@ -37,9 +54,15 @@ impl<P: Position> Handover<P> {
         &self.checkpoint
     }
 
-    /// A table that equals the source at `right_up_to`; `None`: at the checkpoint.
+    /// A table that equals the source at `right_up_to`, durably; `None`: at the checkpoint.
     pub fn follow(&mut self, id: u32, name: QualifiedName, right_up_to: Option<P>) {
-        self.tables.insert(id, Following { name, right_up_to, error: false });
+        let own = right_up_to.map(|right_up_to| Own { hold: right_up_to.clone(), right_up_to });
+        self.tables.insert(id, Following { name, own, error: false });
+    }
+
+    /// Tables that do not follow yet will need the log from here on.
+    pub fn hold(&mut self, position: P) {
+        self.hold = Some(position);
     }
 
     /// A table whose changes no longer come: none is applied any more. Says whether that is new.
@@ -51,7 +74,7 @@ impl<P: Position> Handover<P> {
     /// State of each followed table.
     pub fn states(&self) -> impl Iterator<Item = (&QualifiedName, TableState)> {
         self.tables.values().map(|table| {
-            let state = match (table.error, &table.right_up_to) {
+            let state = match (table.error, &table.own) {
                 (true, _) => TableState::Error,
                 (false, Some(_)) => TableState::CatchingUp,
                 (false, None) => TableState::Ready,
@@ -60,15 +83,34 @@ impl<P: Position> Handover<P> {
         })
     }
 
-    /// Ids of the tables that follow the stream: what is not applied yet is due.
+    /// Ids of the tables that follow the stream at its checkpoint.
     pub fn joined(&self) -> impl Iterator<Item = u32> {
-        let joined = |table: &Following<P>| !table.error && table.right_up_to.is_none();
+        let joined = |table: &Following<P>| !table.error && table.own.is_none();
         self.tables.iter().filter(move |(_, table)| joined(table)).map(|(id, _)| *id)
     }
 
-    /// Whether any table waits to join.
-    pub fn is_catching_up(&self) -> bool {
-        self.tables.values().any(|table| !table.error && table.right_up_to.is_some())
+    fn catching_up(&self) -> impl Iterator<Item = (&QualifiedName, &Own<P>)> {
+        self.tables.values().filter(|table| !table.error).filter_map(|table| table.own.as_ref().map(|own| (&table.name, own)))
+    }
+
+    /// How many tables wait to join.
+    pub fn waiting(&self) -> usize {
+        self.catching_up().count()
+    }
+
+    /// Tables for which the log is read again: right up to a place before the checkpoint.
+    pub fn behind(&self) -> impl Iterator<Item = &QualifiedName> {
+        self.catching_up().filter(|(_, own)| own.right_up_to < self.checkpoint).map(|(name, _)| name)
+    }
+
+    /// From where the log must be read.
+    pub fn start(&self) -> P {
+        self.catching_up().fold(self.checkpoint.clone(), |start, (_, own)| earlier(start, &own.right_up_to))
+    }
+
+    /// What may be confirmed when the checkpoint `durable` is on disk: nothing that a table still needs.
+    pub fn confirmable(&self, durable: P) -> P {
+        self.catching_up().map(|(_, own)| &own.hold).chain(&self.hold).fold(durable, earlier)
     }
 
     /// Whether the change at `index` of a part is due.
@@ -79,10 +121,7 @@ impl<P: Position> Handover<P> {
         let Some(table) = self.tables.get(&table).filter(|table| !table.error) else {
             return false;
         };
-        let right_up_to = match &table.right_up_to {
-            Some(own) if *own > self.checkpoint => own,
-            _ => &self.checkpoint,
-        };
+        let right_up_to = table.own.as_ref().map_or(&self.checkpoint, |own| &own.right_up_to);
         let ended_by = part.boundaries.partition_point(|boundary| boundary.changes <= index);
         match (part.boundaries.get(ended_by), &part.open_from) {
             (Some(boundary), _) => boundary.end > *right_up_to,
@@ -91,19 +130,48 @@ impl<P: Position> Handover<P> {
         }
     }
 
-    /// Tables that join when the checkpoint moves to `position`: everything up to it has been received and routed, so
-    /// replacing A by P changes no decision.
-    pub fn joining(&self, position: &P) -> Vec<QualifiedName> {
-        let level = |table: &&Following<P>| !table.error && table.right_up_to.as_ref().is_some_and(|own| own <= position);
-        self.tables.values().filter(level).map(|table| table.name.clone()).collect()
+    /// Whether any change of a part is due.
+    pub fn has_due(&self, part: &Part<P>) -> bool {
+        let batch = &part.batch;
+        batch.changes().iter().enumerate().any(|(index, change)| self.is_due(part, batch.table(change).id, index))
     }
 
-    /// The checkpoint has moved on the target, and the tables of [`Self::joining`] have joined in the same transaction.
-    pub fn moved(&mut self, position: P) {
-        for table in self.tables.values_mut() {
-            table.right_up_to.take_if(|own| *own <= position);
+    /// What becomes of tables that are catching up when everything up to `position` is applied. They join only when that is not
+    /// before the checkpoint: then everything up to it has been received and routed, so replacing A by P changes no decision. Before
+    /// it, the log is being read again: their own positions move, and the checkpoint stays.
+    pub fn reached(&self, position: &P) -> Reached {
+        let passes = *position >= self.checkpoint;
+        let mut reached = Reached::default();
+        for (name, own) in self.catching_up() {
+            if passes && own.right_up_to <= *position {
+                reached.joined.push(name.clone());
+            } else if own.right_up_to < *position {
+                reached.own.push(name.clone());
+            }
         }
-        self.checkpoint = position;
+        reached
+    }
+
+    /// Tables that are right up to the checkpoint itself: they are ready.
+    pub fn take_level(&mut self) -> Vec<QualifiedName> {
+        let checkpoint = &self.checkpoint;
+        let taken = |table: &mut Following<P>| table.own.take_if(|own| own.right_up_to == *checkpoint).map(|_| table.name.clone());
+        self.tables.values_mut().filter(|table| !table.error).filter_map(taken).collect()
+    }
+
+    /// Everything up to `position` is applied, and what [`Self::reached`] says of tables has been committed with it.
+    pub fn moved(&mut self, position: P) {
+        let passes = position >= self.checkpoint;
+        for table in self.tables.values_mut() {
+            if passes {
+                table.own.take_if(|own| own.right_up_to <= position);
+            } else if let Some(own) = table.own.as_mut().filter(|own| own.right_up_to < position) {
+                own.right_up_to = position.clone();
+            }
+        }
+        if passes {
+            self.checkpoint = position;
+        }
     }
 }
 
@@ -159,12 +227,12 @@ mod tests {
     fn a_table_joins_when_the_checkpoint_reaches_its_position() {
         let mut handover = Handover::new(Pos(10));
         handover.follow(1, name("t"), Some(Pos(20)));
-        assert!(handover.joining(&Pos(19)).is_empty());
+        assert_eq!(handover.reached(&Pos(19)), Reached::default());
         handover.moved(Pos(19));
-        assert!(handover.is_catching_up());
-        assert_eq!(handover.joining(&Pos(20)), [name("t")]);
+        assert_eq!(handover.waiting(), 1);
+        assert_eq!(handover.reached(&Pos(20)).joined, [name("t")]);
         handover.moved(Pos(20));
-        assert!(!handover.is_catching_up());
+        assert_eq!(handover.waiting(), 0);
         assert_eq!(handover.states().collect::<Vec<_>>(), [(&name("t"), TableState::Ready)]);
     }
 
@@ -175,7 +243,40 @@ mod tests {
         assert!(handover.leave(&name("t")));
         assert!(!handover.leave(&name("t")));
         assert!(!handover.is_due(&part(&[30], None), 1, 0));
-        assert!(handover.joining(&Pos(40)).is_empty());
-        assert!(!handover.is_catching_up());
+        assert_eq!(handover.reached(&Pos(40)), Reached::default());
+        assert_eq!(handover.waiting(), 0);
+        assert_eq!(handover.confirmable(Pos(40)), Pos(40), "its changes are gone");
+    }
+
+    #[test]
+    fn a_table_behind_the_checkpoint_catches_up_by_itself() {
+        let mut handover = Handover::new(Pos(30));
+        handover.follow(1, name("ready"), None);
+        handover.follow(2, name("behind"), Some(Pos(10)));
+        assert_eq!((handover.start(), handover.confirmable(Pos(30))), (Pos(10), Pos(10)));
+        // A part over the checkpoint is right for both.
+        let over = part(&[10, 20, 30, 40], None);
+        let due = |handover: &Handover<Pos>, table| (0..4).map(|index| handover.is_due(&over, table, index)).collect::<Vec<_>>();
+        assert_eq!(due(&handover, 1), [false, false, false, true]);
+        assert_eq!(due(&handover, 2), [false, true, true, true]);
+        // Its own position moves, the checkpoint does not, and what was on disk at the start is held.
+        assert_eq!(handover.reached(&Pos(20)), Reached { joined: Vec::new(), own: vec![name("behind")] });
+        handover.moved(Pos(20));
+        assert_eq!((handover.checkpoint(), handover.start(), handover.confirmable(Pos(30))), (&Pos(30), Pos(20), Pos(10)));
+        assert_eq!(handover.behind().collect::<Vec<_>>(), [&name("behind")]);
+        assert_eq!(due(&handover, 2), [false, false, true, true]);
+        // The checkpoint itself is far enough, since everything up to it was received.
+        assert_eq!(handover.reached(&Pos(30)), Reached { joined: vec![name("behind")], own: Vec::new() });
+        handover.moved(Pos(30));
+        assert_eq!((handover.waiting(), handover.confirmable(Pos(30))), (0, Pos(30)));
+    }
+
+    #[test]
+    fn nothing_is_confirmed_that_a_table_needs_which_is_copied() {
+        let mut handover = Handover::new(Pos(10));
+        handover.follow(1, name("ready"), None);
+        handover.hold(Pos(10));
+        handover.moved(Pos(50));
+        assert_eq!((handover.confirmable(Pos(50)), handover.confirmable(Pos(5))), (Pos(10), Pos(5)));
     }
 }

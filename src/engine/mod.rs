@@ -3,7 +3,7 @@
 //! Invariants kept here:
 //! * a change of table T in a transaction with end position `c` is applied if and only if `c` lies after the position up
 //!   to which T's copy is right (see [`handover`]);
-//! * what is confirmed to a source is what is durable on the target, nothing else;
+//! * what is confirmed to a source is what is durable on the target, and nothing that a table still needs;
 //! * nothing that was learned from a target outlives the connection it was learned on.
 //!
 //! The pure parts ([`batch`], [`coalesce`], [`handover`], [`startup`], [`retry`]) do no I/O; connectors implement the
@@ -20,8 +20,11 @@ pub mod handover;
 pub mod hash;
 mod heartbeat;
 pub mod latency;
+mod pending;
 pub mod position;
 pub mod progress;
+pub mod register;
+mod resume;
 pub mod retention;
 pub mod retry;
 pub mod roles;

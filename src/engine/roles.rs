@@ -3,6 +3,7 @@
 use super::batch::Part;
 use super::error::{Error, Result};
 use super::position::Position;
+use super::register::{Reached, Register};
 use super::retention::{Lost, Retention};
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
@@ -159,8 +160,8 @@ pub trait Source: Send + Sync + 'static {
     fn fed(&self, tables: &[MappedTable]) -> impl Future<Output = Result<Vec<Fed>>> + Send;
 
     /// Becomes the only worker that may change the source for this stream, until somebody claims it and takes it in turn. Whoever
-    /// did so before is ended, if the claim stands. [`Self::publish`], [`Self::create_log`], [`Self::drop_log`],
-    /// [`Self::snapshot`] and [`Self::open`] come after it and fail, class `Retry`, when it is over; what they rest on
+    /// did so before is ended, if the claim stands. [`Self::publish`], [`Self::create_log`], [`Self::drop_log`]
+    /// and [`Self::open`] come after it and fail, class `Retry`, when it is over; what they rest on
     /// ([`Self::published`], [`Self::log_state`]) must be read after it too.
     fn take<P: Proof>(&self, claim: &mut P) -> impl Future<Output = Result<()>> + Send;
 
@@ -182,7 +183,8 @@ pub trait Source: Send + Sync + 'static {
     /// Drops the lasting slot that was made a moment ago and has no checkpoint yet.
     fn drop_log(&self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Takes another snapshot that is a prefix of the log (PostgreSQL: of a temporary slot).
+    /// Takes another snapshot that is a prefix of the log (PostgreSQL: of a temporary slot), also while the log is open. Nothing of it
+    /// stays on the source.
     fn snapshot(&self) -> impl Future<Output = Result<Self::Snapshot>> + Send;
 
     /// Opens the log after a position. A row carries the table version that it was written under: the given one where
@@ -419,6 +421,8 @@ pub trait Target: Send + Sync + 'static {
     type Position: Position;
     /// Its writer.
     type Applier: Apply<Position = Self::Position>;
+    /// Its writer of what becomes of copies.
+    type Register: Register<Position = Self::Position>;
 
     /// Opens what the next calls need, so that they need not wait for it. They do so by themselves otherwise.
     fn connect(&self) -> impl Future<Output = Result<()>> + Send {
@@ -438,6 +442,9 @@ pub trait Target: Send + Sync + 'static {
         owner: &Owner,
         held: Option<i64>,
     ) -> impl Future<Output = Result<(Claimed<Self::Position>, Self::Applier)>> + Send;
+
+    /// Opens a writer of what becomes of copies, beside the stream's writer and under the same claim.
+    fn register(&self, claim: &Claim) -> impl Future<Output = Result<Self::Register>> + Send;
 
     /// In which format a table can be copied from the source to here without decoding.
     fn bulk_format(&self, table: &MappedTable) -> impl Future<Output = Result<BulkFormat>> + Send;
@@ -481,10 +488,9 @@ pub trait Proof: Send {
 
 /// The one writer of a stream, bound to the connections that it was claimed with: an error ends it, and the next claim makes
 /// a new one. It may hold parts that are *in flight*: accepted by [`Self::apply`], their outcome not given yet.
-pub trait Apply: Proof + 'static {
-    /// Positions of the source.
-    type Position: Position;
-
+///
+/// What it writes as a [`Register`] is written when nothing is in flight.
+pub trait Apply: Proof + Register + 'static {
     /// Notes that the slot is about to be made, so that a crash before the first checkpoint is told from a slot that
     /// somebody else has made.
     fn intend_log(&mut self) -> impl Future<Output = Result<()>> + Send;
@@ -499,26 +505,8 @@ pub trait Apply: Proof + 'static {
     /// Writes the timeline that the source is on now, after a failover that kept everything.
     fn set_timeline(&mut self, timeline: i64) -> impl Future<Output = Result<()>> + Send;
 
-    /// Begins a copy in one transaction: makes the target table when it is missing, deals with rows that are there
-    /// (`truncate`, else an error when there are any), raises the generation, state `Copying`. Returns the generation.
-    ///
-    /// `beside`: tables of the same copy that have not begun. Those that can only be emptied together with this one are, and
-    /// begin in the same transaction; they begin again in a call of their own.
-    fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> impl Future<Output = Result<i64>> + Send;
-
-    /// Writes a table's state, with the position up to which it is right where it is copied or catching up.
-    fn set_state(
-        &mut self,
-        table: &MappedTable,
-        state: TableState,
-        position: Option<&Self::Position>,
-    ) -> impl Future<Output = Result<()>> + Send;
-
     /// Forgets tables that are no longer mapped; their rows stay.
     fn forget(&mut self, tables: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;
-
-    /// Ranges done in a generation.
-    fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> impl Future<Output = Result<Vec<i32>>> + Send;
 
     /// Reads what is needed to write these tables: target columns, unique indexes, statements. Called before the first
     /// [`Self::apply`] and when the set of tables changes.
@@ -529,17 +517,18 @@ pub trait Apply: Proof + 'static {
     /// naming the table and the columns that differ.
     ///
     /// A target transaction is opened when none is open; when the part is not open, the transaction ends with the
-    /// checkpoint (`part`'s last boundary, or `received` without one) and the proof of the epoch as its last statement.
+    /// checkpoint (`part`'s last boundary, or `received` without one; never back) and the proof of the epoch as its last statement.
+    /// What it makes of tables is committed with it.
     /// Parts may be written side by side, as far as the rows left behind are the same as one after the other; they are
     /// committed strictly in the order in which they were accepted. [`Self::applied`] gives the outcome of each.
     ///
-    /// A part with `joined` tables is accepted only when nothing is in flight. A part that continues a transaction while none is
+    /// A part that makes something of tables is accepted only when nothing is in flight. A part that continues a transaction while none is
     /// open continues that of the pieces.
     fn apply(
         &mut self,
         part: Arc<Part<Self::Position>>,
         due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
-        joined: &[QualifiedName],
+        reached: &Reached,
     ) -> impl Future<Output = Result<()>> + Send;
 
     /// Tables (by id) of which rows can be written before it is known what becomes of their transaction: rows that come, and

@@ -4,16 +4,22 @@
 //! checkpoint of the hand-over is the one that is committed. Whatever else is written (states, joins, an idle stream's
 //! position) waits until nothing is in flight.
 //!
+//! Where tables lie behind the checkpoint, the log is opened at the position of the first of them and read again: its changes are due
+//! for those tables alone, and the others wait until they have joined.
+//!
 //! A large transaction of the source may be written while it is open there (`early`). Its pieces stand beside all of this: nothing
 //! waits for them but the rest of their transaction.
 
 use super::batch::Part;
 use super::early::{Early, Step};
 use super::error::{Class, Error, Result};
-use super::flow::{ReadyStream, Stop, left_publication};
+use super::flow::{ReadyStream, Stop};
 use super::handover::Handover;
 use super::heartbeat::Heartbeat;
+use super::position::Position as _;
 use super::progress::{Phase, Progress};
+use super::register::Reached;
+use super::resume::left_publication;
 use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Outcome, Source};
 use super::table::{MappedTable, TableState};
 use std::collections::VecDeque;
@@ -41,6 +47,8 @@ struct Follower<'a, S: Source, A> {
     handover: Handover<S::Position>,
     applier: A,
     progress: &'a Progress,
+    /// Other tables are copied meanwhile.
+    beside_copy: bool,
     /// Parts that the applier has accepted and whose outcome is not known yet, in order.
     in_flight: VecDeque<Arc<Part<S::Position>>>,
     /// A transaction of the source that is larger than a batch and not committed yet.
@@ -107,11 +115,12 @@ where
     S: Source,
     A: Apply<Position = S::Position>,
 {
-    let ReadyStream { tables, handover, applier } = ready;
+    let ReadyStream { tables, handover, applier, beside_copy } = ready;
+    let start = handover.start();
     let log = tokio::select! {
         biased;
         () = stop.now.cancelled() => return Ok(()),
-        log = source.open(handover.checkpoint(), &tables, limits) => log?,
+        log = source.open(&start, &tables, limits) => log?,
     };
     let now = Instant::now();
     let heartbeat = Heartbeat::new(handover.checkpoint().clone(), now.into_std());
@@ -122,6 +131,7 @@ where
         handover,
         applier,
         progress,
+        beside_copy,
         in_flight: VecDeque::new(),
         open: None,
         part_is_open: false,
@@ -182,9 +192,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     }
 
     async fn apply(&mut self, part: Arc<Part<S::Position>>) -> Result<()> {
-        let joined = if part.open { Vec::new() } else { self.handover.joining(part.end()) };
+        let reached = self.reached(&part);
         let goes_on_from_early = part.continues && !self.part_is_open;
-        if !joined.is_empty() || goes_on_from_early || (part.open && !part.continues) {
+        if !reached.is_empty() || goes_on_from_early || (part.open && !part.continues) {
             self.settle().await?;
         }
         if goes_on_from_early {
@@ -193,23 +203,36 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         let Self { log, progress, handover, applier, .. } = self;
         let due = |table: u32, index: usize| handover.is_due(&part, table, index);
         // It may have to wait for parts in flight.
-        shown(log, progress, handover.checkpoint(), applier.apply(Arc::clone(&part), &due, &joined)).await?;
+        shown(log, progress, handover.checkpoint(), applier.apply(Arc::clone(&part), &due, &reached)).await?;
         self.part_is_open = part.open;
         if part.open {
             let open = self.open.get_or_insert(Open { commit_start: part.open_from.clone(), bytes: 0 });
             open.bytes += part.batch.size();
         }
         self.in_flight.push_back(part);
-        if !joined.is_empty() {
+        if !reached.is_empty() {
             self.settle().await?;
         }
         Ok(())
     }
 
+    /// What the commit of a part makes of tables. Where nothing is written, it need not be known that they have come further.
+    fn reached(&self, part: &Part<S::Position>) -> Reached {
+        if part.open {
+            return Reached::default();
+        }
+        let mut reached = self.handover.reached(part.end());
+        if !reached.own.is_empty() && !part.continues && !self.handover.has_due(part) {
+            reached.own.clear();
+        }
+        reached
+    }
+
     /// Which tables' rows may be written before their transaction has ended: those of which all that comes is due, and while nothing
-    /// else wants to change the tables.
+    /// else wants to change the tables. While the log is read again, what has not ended where it is read may be applied already.
     fn want_early(&mut self) {
-        let joined = self.related.load(Ordering::Acquire).then(|| self.handover.joined());
+        let may_begin = self.related.load(Ordering::Acquire) && self.handover.behind().next().is_none();
+        let joined = may_begin.then(|| self.handover.joined());
         let possible = self.applier.early_tables();
         let tables = joined.into_iter().flatten().filter(|table| possible.contains(table)).collect();
         if self.early.set_tables(tables) {
@@ -278,13 +301,16 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         let (Some(applied), Some(part)) = (applied, self.in_flight.pop_front()) else {
             return Err(Error::bug("a part that was accepted has no outcome"));
         };
+        let checkpoint = self.handover.checkpoint().clone();
         if !part.open {
             if part.continues && self.open.take().is_some() {
                 self.progress.large_transaction_ended();
             }
             self.moved(part.end());
         }
-        let commits = part.boundaries.iter().map(|boundary| boundary.committed_at);
+        // What is read again says nothing of how fast changes arrive.
+        let new = part.boundaries.iter().filter(|boundary| boundary.end > checkpoint);
+        let commits = new.map(|boundary| boundary.committed_at);
         self.progress.applied(applied, part.batch.size(), commits);
         self.heartbeat.came(self.log.received().1, Instant::now().into_std());
         self.show_position();
@@ -292,11 +318,11 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     }
 
     fn moved(&mut self, position: &S::Position) {
-        let catching_up = self.handover.is_catching_up();
+        let waiting = self.handover.waiting();
         self.handover.moved(position.clone());
         self.idle.take_if(|idle| *idle <= *position);
         self.idle_since = Instant::now();
-        if catching_up {
+        if waiting != self.handover.waiting() {
             self.show_phase();
         }
     }
@@ -304,8 +330,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     /// The source has nothing for us up to this position. It goes through the checkpoint before it is confirmed, but not
     /// each time: an idle stream should not keep the target busy.
     async fn note_idle(&mut self, received: S::Position) -> Result<()> {
-        self.idle = (received > *self.handover.checkpoint()).then_some(received);
-        if self.handover.is_catching_up() {
+        let joins = !self.handover.reached(&received).joined.is_empty();
+        self.idle = (joins || received > *self.handover.checkpoint()).then_some(received);
+        if self.handover.waiting() > 0 {
             self.settle().await?;
             self.advance().await?;
         }
@@ -315,7 +342,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     /// Only when nothing is in flight.
     async fn advance(&mut self) -> Result<()> {
         let Some(position) = self.idle.take() else { return Ok(()) };
-        let joined = self.handover.joining(&position);
+        let joined = self.handover.reached(&position).joined;
         self.applier.advance(&position, &joined).await?;
         self.moved(&position);
         Ok(())
@@ -340,6 +367,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         self.progress.set_early(self.early.bytes());
         self.confirm().await?;
         self.show_position();
+        self.show_behind();
         self.write_heartbeat().await;
         Ok(())
     }
@@ -360,11 +388,12 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         }
     }
 
-    /// Only what is durable on the target is confirmed to the source.
+    /// Only what is durable on the target is confirmed to the source, and nothing that a table still needs.
     async fn confirm(&mut self) -> Result<()> {
         if let Some(durable) = self.applier.durable().await? {
-            self.log.confirm(&durable);
-            self.progress.set_confirmed(&durable);
+            let confirmed = self.handover.confirmable(durable);
+            self.log.confirm(&confirmed);
+            self.progress.set_confirmed(&confirmed);
         }
         Ok(())
     }
@@ -376,6 +405,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         for table in self.tables.iter().filter(|table| !published.contains(table.source())) {
             if self.handover.leave(table.source()) {
                 self.applier.set_state(table, TableState::Error, None).await?;
+                self.progress.set_step(table.source(), None);
                 self.progress.table_failed(table.source(), left_publication());
             }
         }
@@ -385,8 +415,22 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     fn show_phase(&self) {
         for (name, state) in self.handover.states().filter(|(_, state)| *state != TableState::Error) {
             self.progress.set_table(name, state);
+            self.progress.set_step(name, None);
         }
-        self.progress.set_phase(if self.handover.is_catching_up() { Phase::CatchingUp } else { Phase::Streaming });
+        self.progress.set_phase(match self.handover.waiting() {
+            _ if self.beside_copy => Phase::Copying,
+            0 => Phase::Streaming,
+            _ => Phase::CatchingUp,
+        });
+    }
+
+    /// Says how much of the log is left to be read again, while the other tables wait for it.
+    fn show_behind(&self) {
+        let left = self.handover.checkpoint().bytes_since(&self.log.received().0);
+        for name in self.handover.behind() {
+            let left = left.map(|bytes| format!("{} MiB of ", bytes >> 20)).unwrap_or_default();
+            self.progress.set_step(name, Some(format!("{left}the log are read again for {name}; other tables wait until then")));
+        }
     }
 
     fn show_position(&self) {

@@ -13,6 +13,7 @@ use changes::{apply, key, owner};
 use history::History;
 use rand::RngExt as _;
 use sluice::connectors::postgres::{Endpoint, Lsn, endpoint::Secret, target::PostgresTarget};
+use sluice::engine::register::Register as _;
 use sluice::engine::roles::{Apply as _, ApplyMode, Target as _};
 use sluice::engine::table::TableState;
 use support::Postgres;

@@ -4,6 +4,7 @@
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
 use sluice::engine::error::Result;
+use sluice::engine::register::Reached;
 use sluice::engine::roles::{Applied, Apply, Claim, Owner, StreamKey};
 use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
 use std::sync::Arc;
@@ -163,7 +164,7 @@ impl Changes {
 
 /// Applies a part by itself; everything in it is due.
 pub async fn apply<A: Apply>(applier: &mut A, part: Part<A::Position>) -> Result<Applied> {
-    applier.apply(Arc::new(part), &all, &[]).await?;
+    applier.apply(Arc::new(part), &all, &Reached::default()).await?;
     Ok(applier.applied().await?.expect("the part's outcome"))
 }
 

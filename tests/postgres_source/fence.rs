@@ -58,7 +58,6 @@ async fn a_statement_that_waits_is_rolled_back(major: u32) {
         old.publish(&both, &[]).await.unwrap_err(),
         old.drop_log().await.unwrap_err(),
         old.create_log().await.err().expect("another slot"),
-        old.snapshot().await.err().expect("a snapshot"),
         old.open(&position, &both, LIMITS).await.err().expect("the log"),
     ] {
         assert_eq!((error.class, error.reason), (Class::Retry, reason::SOURCE_UNREACHABLE), "{error}");

@@ -161,7 +161,7 @@ async fn the_log_opens_where_it_is_told(major: u32) {
 }
 
 async fn limits_of_the_server_are_named(major: u32) {
-    let server = Postgres::start_with(major, &["max_replication_slots=1", "max_wal_senders=1", "max_slot_wal_keep_size=1MB"]);
+    let server = Postgres::start_with(major, &["max_replication_slots=1", "max_wal_senders=2", "max_slot_wal_keep_size=1MB"]);
     let endpoint = server.endpoint("postgres");
     let source = |slot: &str| PostgresSource::new(endpoint.clone(), slot, "p");
     let admin = server.connect("postgres").await;
@@ -173,15 +173,16 @@ async fn limits_of_the_server_are_named(major: u32) {
     let snapshot = alone(&first).await.create_log().await.unwrap();
     let error = alone(&first).await.snapshot().await.err().expect("no free slot");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_REPLICATION_SLOT, Class::Retry), "{error}");
-    senders_gone().await;
     alone(&first).await.publish(&[], &[]).await.unwrap();
     alone(&first).await.drop_log().await.unwrap();
     drop(snapshot);
     let position = alone(&first).await.create_log().await.unwrap().position().to_owned();
     let log = alone(&first).await.open(&position, &[], LIMITS).await.unwrap();
-    let error = source("sluice_2").take(&mut Unopposed).await.expect_err("no free sender");
+    let second = source("sluice_2");
+    alone(&second).await;
+    let error = source("sluice_3").take(&mut Unopposed).await.expect_err("no free sender");
     assert_eq!((error.reason, error.class), (reason::NO_FREE_WAL_SENDER, Class::Retry), "{error}");
-    drop(log);
+    drop((log, second));
     // The server throws away what the slot needs.
     for _ in 0..3 {
         admin.batch_execute("SELECT pg_logical_emit_message(false, 'x', 'x'); SELECT pg_switch_wal()").await.unwrap();

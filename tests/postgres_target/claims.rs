@@ -1,6 +1,7 @@
 //! Claims and fences; checkpoints that move with the data; what is durable.
 
 use super::*;
+use sluice::engine::register::{Reached, Register as _};
 
 #[tokio::test]
 async fn a_claim_raises_the_epoch_ends_the_old_one_and_reads_the_checkpoint() {
@@ -281,7 +282,7 @@ async fn positions_become_durable_by_themselves() {
     let before = written(admin.query_one(version, &[]).await.expect("a row"));
     applier.advance(&Lsn(40), &[]).await.expect("nothing");
     apply(&mut applier, Changes::default().committed(40)).await.expect("nothing");
-    applier.apply(inserts(&items, 0..1).committed(40).into(), &|_, _| false, &[]).await.expect("nothing");
+    applier.apply(inserts(&items, 0..1).committed(40).into(), &|_, _| false, &Reached::default()).await.expect("nothing");
     applier.applied().await.expect("nothing").expect("its outcome");
     assert_eq!(written(admin.query_one(version, &[]).await.expect("a row")), before);
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -289,6 +290,38 @@ async fn positions_become_durable_by_themselves() {
         assert!(Instant::now() < deadline, "not durable");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// The log is read again for one table: its rows and its own position move together, and the checkpoint stays.
+#[tokio::test]
+async fn a_table_behind_the_checkpoint_catches_up_by_itself() {
+    let server = server();
+    let (admin, _) = database(&server, "behind").await;
+    let items = items();
+    let (target, mut applier) = stream(server.endpoint("behind"), "s", std::slice::from_ref(&items)).await;
+    applier.advance(&Lsn(40), &[]).await.expect("advanced");
+    applier.set_state(&items, TableState::CatchingUp, Some(&Lsn(8))).await.expect("a state");
+    let behind = Reached { joined: Vec::new(), own: vec![items.source().clone()] };
+    applier.apply(inserts(&items, 0..1).committed(16).into(), &changes::all, &behind).await.expect("accepted");
+    applier.applied().await.expect("committed").expect("its outcome");
+    let sql = "SELECT state, tables.position, streams.position, (SELECT count(*) FROM shop.items)
+               FROM _sluice.tables JOIN _sluice.streams USING (slot)";
+    let held = async || {
+        let row = admin.query_one(sql, &[]).await.expect("a table");
+        (row.get::<_, String>(0), row.get::<_, Option<String>>(1), row.get::<_, String>(2), row.get::<_, i64>(3))
+    };
+    let [own, checkpoint] = [Lsn(16), Lsn(40)].map(|position| position.to_string());
+    assert_eq!(held().await, ("CatchingUp".into(), Some(own), checkpoint.clone(), 1));
+    // Rows from before the checkpoint that belong to no such table are a defect.
+    applier.apply(inserts(&items, 1..2).committed(24).into(), &changes::all, &Reached::default()).await.expect("accepted");
+    assert_eq!(applier.applied().await.expect_err("refused").class, Class::Bug);
+    let (claimed, mut applier) = target.claim(&key("s"), &owner("a"), None).await.expect("a claim");
+    assert_eq!(claimed.checkpoint.expect("a checkpoint").tables[items.source()].position, Some(Lsn(16)));
+    applier.prepare(std::slice::from_ref(&items)).await.expect("prepared");
+    let joined = Reached { joined: vec![items.source().clone()], own: Vec::new() };
+    applier.apply(inserts(&items, 1..2).committed(40).into(), &changes::all, &joined).await.expect("accepted");
+    applier.applied().await.expect("committed").expect("its outcome");
+    assert_eq!(held().await, ("Ready".into(), None, checkpoint, 2));
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Tables made, copied and finished.
 
 use super::*;
+use sluice::engine::register::Register as _;
 
 fn binary_rows(ids: std::ops::Range<i32>) -> Vec<u8> {
     let mut bytes = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0".to_vec();

@@ -1,6 +1,7 @@
 //! A transaction that is written before it has ended on the source.
 
 use super::*;
+use sluice::engine::register::Reached;
 use sluice::engine::roles::Outcome;
 use std::collections::HashSet;
 
@@ -102,7 +103,7 @@ async fn an_earlier_part_that_waits_for_a_piece_is_given_way() {
     let (admin, _, mut applier, items) = two(&server, "early_gives_way").await;
     write(&mut applier, piece(&items, 0..1000, false)).await;
     // On the source nobody could hold this key.
-    applier.apply(Arc::new(inserts(&items, 7..8).committed(16)), &changes::all, &[]).await.expect("accepted");
+    applier.apply(Arc::new(inserts(&items, 7..8).committed(16)), &changes::all, &Reached::default()).await.expect("accepted");
     let mut outcomes = [applier.outcome().await.expect("an outcome"), applier.outcome().await.expect("an outcome")];
     outcomes.sort_by_key(|outcome| matches!(outcome, Outcome::Part(_)));
     assert!(matches!(outcomes, [Outcome::Early(None), Outcome::Part(Some(_))]), "{outcomes:?}");
@@ -118,7 +119,7 @@ async fn a_piece_waits_for_earlier_parts_with_the_same_keys() {
     foreign.batch_execute("BEGIN; SELECT FROM shop.items WHERE id = 5 FOR UPDATE").await.expect("a lock");
     let mut delete = Changes::default();
     delete.delete(&items, &[int(5), Value::Null]);
-    applier.apply(Arc::new(delete.committed(24)), &changes::all, &[]).await.expect("accepted");
+    applier.apply(Arc::new(delete.committed(24)), &changes::all, &Reached::default()).await.expect("accepted");
     // A piece without that key is written beside it.
     write(&mut applier, piece(&items, 100..200, false)).await;
     let accepted = async { (applier.apply_early(piece(&items, 5..6, true)).await.expect("no part has failed"), Instant::now()) };

@@ -19,6 +19,7 @@ use sluice::connectors::postgres::applier::PostgresApplier;
 use sluice::connectors::postgres::{Endpoint, Lsn, endpoint::Secret, target::PostgresTarget};
 use sluice::engine::batch::Part;
 use sluice::engine::error::{Class, reason};
+use sluice::engine::register::Register as _;
 use sluice::engine::roles::{Apply as _, ApplyMode, BulkFormat, BulkStream, Fed, Range, SourceIdentity, Target as _};
 use sluice::engine::table::{MappedTable, TableState};
 use std::sync::atomic::Ordering::Relaxed;

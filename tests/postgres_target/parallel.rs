@@ -4,6 +4,7 @@ use super::*;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use sluice::engine::batch::Op;
+use sluice::engine::register::Reached;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
@@ -207,7 +208,10 @@ async fn several_connections_leave_the_same_rows_as_one() {
             let mut quiet = StdRng::seed_from_u64(seed);
             for n in 1..=TRANSACTIONS {
                 for part in history.transaction(n) {
-                    applier.apply(part.into(), &changes::all, &[]).await.unwrap_or_else(|error| panic!("seed {seed}: {n}: {error}"));
+                    applier
+                        .apply(part.into(), &changes::all, &Reached::default())
+                        .await
+                        .unwrap_or_else(|error| panic!("seed {seed}: {n}: {error}"));
                 }
                 if quiet.random_bool(0.05) || n == TRANSACTIONS {
                     while applier.applied().await.unwrap_or_else(|error| panic!("seed {seed}: {n}: {error}")).is_some() {}
@@ -262,7 +266,7 @@ async fn rows_are_those_of_the_checkpoint_whatever_is_killed() {
                 while n < until {
                     n += 1;
                     for part in history.transaction(n) {
-                        writer.apply(part.into(), &changes::all, &[]).await?;
+                        writer.apply(part.into(), &changes::all, &Reached::default()).await?;
                     }
                     while !writer.has_room() {
                         committed += u64::from(writer.applied().await?.expect("its outcome").committed);
@@ -343,7 +347,7 @@ async fn a_part_gives_way_to_whoever_an_earlier_one_waits_for() {
         let mut changes = Changes::default();
         changes.update(&items, &[], &[int(id), text("ours")]);
         // Accepted though the first one can't be written.
-        applier.apply(changes.committed(end).into(), &changes::all, &[]).await.expect("accepted");
+        applier.apply(changes.committed(end).into(), &changes::all, &Reached::default()).await.expect("accepted");
     }
     assert!(!applier.has_room());
     eventually(10, "later parts are written while the first one waits", || async { apply_backends(&admin).await == (1, 2) }).await;
@@ -371,10 +375,11 @@ async fn a_part_with_a_row_in_common_waits_for_the_earlier_one() {
     foreign.batch_execute("BEGIN; SELECT FROM shop.items WHERE id = 1 FOR UPDATE").await.expect("a lock");
     let mut moved = Changes::default();
     moved.update(&items, &[int(1), Value::Null], &[int(9), text("moved")]);
-    applier.apply(moved.committed(16).into(), &changes::all, &[]).await.expect("accepted");
+    applier.apply(moved.committed(16).into(), &changes::all, &Reached::default()).await.expect("accepted");
     let mut again = Changes::default();
     again.delete(&items, &[int(9), Value::Null]);
-    let again = applier.apply(again.committed(24).into(), &changes::all, &[]);
+    let nothing = Reached::default();
+    let again = applier.apply(again.committed(24).into(), &changes::all, &nothing);
     let free = async {
         eventually(10, "the first one waits", || async { apply_backends(&admin).await == (1, 0) }).await;
         let state = position(&admin, "s").await;
@@ -406,7 +411,7 @@ async fn a_claim_ends_all_connections_of_the_old_one() {
     for (id, end) in [(1, 16), (2, 24), (3, 32)] {
         let mut changes = Changes::default();
         changes.update(&items, &[], &[int(id), text("ours")]);
-        old.apply(changes.committed(end).into(), &changes::all, &[]).await.expect("accepted");
+        old.apply(changes.committed(end).into(), &changes::all, &Reached::default()).await.expect("accepted");
     }
     let (claimed, mut new) = target.claim(&key("s"), &owner("a"), Some(1)).await.expect("a claim");
     assert_eq!(claimed.checkpoint.expect("a checkpoint").position, Lsn(8));
@@ -433,7 +438,7 @@ async fn a_stopped_writer_rolls_back_on_all_connections() {
     for (id, end) in [(1, 16), (2, 24), (3, 32)] {
         let mut changes = Changes::default();
         changes.update(&items, &[], &[int(id), text("ours")]);
-        applier.apply(changes.committed(end).into(), &changes::all, &[]).await.expect("accepted");
+        applier.apply(changes.committed(end).into(), &changes::all, &Reached::default()).await.expect("accepted");
     }
     let began = Instant::now();
     applier.abort().await;

@@ -1,19 +1,21 @@
 //! The simulated writer: parts are planned, written as sets, and committed by the server in its own time.
 
 use crate::faults::{Moment, Point};
-use crate::history::{KEYS, Row, Rows, TABLES, Tables};
+use crate::history::{KEYS, Row, TABLES, Tables};
 use crate::lane::EarlyLane;
 use crate::loads::LOADED_TABLE;
 use crate::mutants::Mutant;
+use crate::register::SimRegister;
 use crate::seen::Rare;
 use crate::server::{Effect, Entry, Order, Stored, ended, lost_claim};
 use crate::sets;
-use crate::tables::{by_name, definition, number};
+use crate::tables::by_name;
 use crate::target::Connection;
 use crate::world::World;
 use sluice::connectors::postgres::Lsn;
 use sluice::engine::batch::Part;
 use sluice::engine::error::{Error, Result, reason};
+use sluice::engine::register::{Reached, Register};
 use sluice::engine::roles::{Applied, Apply, ApplyMode, Outcome, Proof};
 use sluice::engine::table::{MappedTable, QualifiedName, TableState};
 use std::collections::{HashSet, VecDeque};
@@ -74,18 +76,27 @@ impl SimApplier {
         self.connection.reach.world()
     }
 
-    async fn commit(&mut self, point: Point, durable: bool, effect: impl FnOnce(&mut Stored) -> Result<()> + Send + 'static) -> Result<()> {
+    fn require_idle(&self, what: &str) {
         let idle = self.in_flight.is_empty() && self.open.is_none();
-        self.world().require(idle, || format!("{point:?} while parts are in flight"));
+        self.world().require(idle, || format!("{what} while parts are in flight"));
+    }
+
+    fn register(&self) -> SimRegister<&Connection> {
+        SimRegister { connection: &self.connection, epoch: self.epoch }
+    }
+
+    async fn commit(&mut self, point: Point, durable: bool, effect: impl FnOnce(&mut Stored) -> Result<()> + Send + 'static) -> Result<()> {
+        self.require_idle("a state is written");
         self.connection.transaction(point, self.epoch, None, durable, Box::new(effect)).await
     }
 
     /// Moves the checkpoint alone.
-    async fn move_to(&mut self, point: Point, position: u64, joined: Vec<usize>) -> Result<()> {
-        let effect = move |stored: &mut Stored| move_to(stored, position, &joined);
-        self.connection.transaction(point, self.epoch, Some(self.position), false, Box::new(effect)).await?;
-        self.position = Some(position);
-        self.waiting.push(position);
+    async fn move_to(&mut self, point: Point, position: u64, moves: Moves) -> Result<()> {
+        let durable = !moves.joined.is_empty() && !self.world().breaks(Mutant::JoinNotOnDisk);
+        let effect = move |stored: &mut Stored| moves.write(stored, position);
+        self.connection.transaction(point, self.epoch, Some(self.position), durable, Box::new(effect)).await?;
+        self.position = self.position.max(Some(position));
+        self.waiting.extend(self.position);
         Ok(())
     }
 
@@ -125,6 +136,24 @@ impl SimApplier {
         Ok(())
     }
 
+    fn note(&self, part: &Part<Lsn>, reached: &Reached) {
+        let mut world = self.world();
+        let (position, stored) = (part.end().0, &world.server.stored);
+        let over = stored.position.is_some_and(|held| position > held && part.boundaries.first().is_some_and(|first| first.end.0 <= held));
+        let is_copying = |entry: &Option<Entry>| entry.is_some_and(|entry| entry.state == TableState::Copying);
+        let beside_copy = stored.states.iter().any(is_copying) && stored.position < Some(position);
+        let was_behind = |name: &&QualifiedName| {
+            let own = stored.states[by_name(name)].and_then(|entry| entry.position);
+            own < stored.position
+        };
+        let behind = reached.joined.iter().filter(was_behind).count() as u64;
+        world.seen.note_all(Rare::JoinedByPart, reached.joined.len() as u64);
+        world.seen.note_all(Rare::JoinedFromBehind, behind);
+        world.seen.note_all(Rare::PartOverCheckpoint, (over && behind > 0).into());
+        world.seen.note_all(Rare::ReadAgain, reached.own.len() as u64);
+        world.seen.note_all(Rare::BesideCopy, beside_copy.into());
+    }
+
     /// Writes the due rows of a part on top of everything accepted before.
     fn write(&mut self, part: &Part<Lsn>, due: &(dyn Fn(u32, usize) -> bool + Send + Sync)) -> Result<Tables> {
         let mut world = self.connection.reach.world();
@@ -145,7 +174,9 @@ impl SimApplier {
             .enumerate()
             .map(|(index, change)| {
                 let table = part.batch.table(change).id;
-                due(table, index) || (wrong(index) && world.server.stored.states[table as usize].is_some())
+                let end = part.boundaries.iter().find(|boundary| boundary.changes > index).map(|boundary| boundary.end.0);
+                let passed_over = world.breaks(Mutant::DueByCheckpoint) && end <= world.server.stored.position;
+                (due(table, index) && !passed_over) || (wrong(index) && world.server.stored.states[table as usize].is_some())
             })
             .collect();
         world.seen.note_all(Rare::NotDue, due.iter().filter(|due| !**due).count() as u64);
@@ -213,9 +244,25 @@ impl Proof for SimApplier {
     }
 }
 
-impl Apply for SimApplier {
+impl Register for SimApplier {
     type Position = Lsn;
 
+    async fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
+        self.require_idle("a copy begins");
+        self.register().begin_copy(table, beside, truncate).await
+    }
+
+    async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
+        self.require_idle("a state is written");
+        self.register().set_state(table, state, position).await
+    }
+
+    async fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> Result<Vec<i32>> {
+        self.register().done_ranges(table, generation).await
+    }
+}
+
+impl Apply for SimApplier {
     async fn intend_log(&mut self) -> Result<()> {
         let intend = |stored: &mut Stored| {
             stored.intended = true;
@@ -251,41 +298,6 @@ impl Apply for SimApplier {
         self.commit(Point::SetTimeline, true, set).await
     }
 
-    async fn begin_copy(&mut self, table: &MappedTable, _: &[&MappedTable], _: bool) -> Result<i64> {
-        let (table, definition) = (number(table), definition(table));
-        {
-            let mut world = self.world();
-            if world.server.stored.states[table].is_some_and(|entry| entry.copied_at > 0 && entry.definition != definition) {
-                world.seen.note(Rare::CopiedUnderNewDefinition);
-            }
-        }
-        let begin = move |stored: &mut Stored| {
-            *stored.rows(table) = Rows::default();
-            let generation = stored.entry(table).generation + 1;
-            *stored.entry(table) = Entry::copying(generation, definition);
-            Ok(())
-        };
-        self.commit(Point::BeginCopy, true, begin).await?;
-        Ok(self.world().server.stored.entry(table).generation)
-    }
-
-    async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
-        match state {
-            TableState::Error => self.world().seen.note(Rare::LeftPublication),
-            TableState::Init => self.world().seen.note(Rare::CopyBeyondSwitch),
-            _ => {}
-        }
-        let (table, position) = (number(table), position.map(|position| position.0));
-        let at_once = state == TableState::CatchingUp && self.world().breaks(Mutant::JoinAtOnce);
-        let set = move |stored: &mut Stored| {
-            let entry = stored.entry(table);
-            entry.copied_at = position.unwrap_or(entry.copied_at);
-            (entry.state, entry.position) = if at_once { (TableState::Ready, None) } else { (state, position) };
-            Ok(())
-        };
-        self.commit(Point::SetState, true, set).await
-    }
-
     async fn forget(&mut self, tables: &[QualifiedName]) -> Result<()> {
         let tables: Vec<usize> = tables.iter().map(by_name).collect();
         let forget = move |stored: &mut Stored| {
@@ -295,23 +307,11 @@ impl Apply for SimApplier {
         self.commit(Point::Forget, true, forget).await
     }
 
-    async fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> Result<Vec<i32>> {
-        self.connection.reach.io(Point::DoneRanges).await?;
-        let entry = *self.world().server.stored.entry(number(table));
-        let done = (0..32).filter(|range| entry.generation == generation && entry.done & (1 << range) != 0);
-        Ok(done.collect())
-    }
-
     async fn prepare(&mut self, _: &[MappedTable]) -> Result<()> {
         self.connection.reach.io(Point::Prepare).await
     }
 
-    async fn apply(
-        &mut self,
-        part: Arc<Part<Lsn>>,
-        due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
-        joined: &[QualifiedName],
-    ) -> Result<()> {
+    async fn apply(&mut self, part: Arc<Part<Lsn>>, due: &(dyn Fn(u32, usize) -> bool + Send + Sync), reached: &Reached) -> Result<()> {
         self.connection.reach.io(Point::Apply).await?;
         let idle = self.in_flight.is_empty();
         if part.continues && self.open.is_none() {
@@ -320,7 +320,7 @@ impl Apply for SimApplier {
         }
         let open = self.open.is_some();
         self.world().require(part.continues == open, || "a part does not continue what is open".into());
-        self.world().require(joined.is_empty() || idle, || "tables join while parts are in flight".into());
+        self.world().require(reached.is_empty() || idle, || "tables move while parts are in flight".into());
         let before = self.open.or(self.tables).unwrap_or(self.world().server.stored.tables);
         let after = self.write(&part, due)?;
         self.tables = Some(after);
@@ -332,24 +332,26 @@ impl Apply for SimApplier {
         }
         self.open = None;
         let (lane, keys) = (self.lane.take(), std::mem::take(&mut self.keys));
-        self.world().seen.note_all(Rare::JoinedByPart, joined.len() as u64);
-        let (position, joined) = (part.end().0, joined.iter().map(by_name).collect::<Vec<_>>());
+        self.note(&part, reached);
+        let (position, moves) = (part.end().0, Moves::new(reached, &self.world()));
         let (from, patch) = (self.position, Patch::between(&before, &after));
         if self.world().breaks(Mutant::CheckpointBeforeData) {
-            self.move_to(Point::Advance, position, joined.clone()).await?;
+            self.move_to(Point::Advance, position, moves.clone()).await?;
         }
-        self.position = Some(position);
+        self.position = self.position.max(Some(position));
         let from = if self.world().breaks(Mutant::CheckpointBeforeData) { self.position } else { from };
         let apart = lane.is_some() && self.world().breaks(Mutant::EarlyCheckpointApart);
         let effect: Effect = Box::new(move |stored| {
             patch.write(stored);
-            if apart { Ok(()) } else { move_to(stored, position, &joined) }
+            if apart { Ok(()) } else { moves.write(stored, position) }
         });
         let backend = lane.as_ref().map_or(self.connection.backend, |lane| lane.backend);
-        let order = Order { backend, epoch: self.epoch, from: Some(from), durable: false, keys, effect: Some(effect) };
+        let durable = !reached.joined.is_empty() && !self.world().breaks(Mutant::JoinNotOnDisk);
+        let order = Order { backend, epoch: self.epoch, from: Some(from), durable, keys, effect: Some(effect) };
         let number = self.world().server.send(order)?;
         let behind = self.in_flight.iter().any(|part| matches!(part, InFlight::Sent { .. }));
         self.world().seen.note_all(Rare::BehindAnother, behind.into());
+        let position = self.position.unwrap_or(position);
         self.in_flight.push_back(InFlight::Sent { number, position, keys, _lane: lane });
         self.connection.reach.strike(Point::Apply, Moment::Committing).await
     }
@@ -448,7 +450,9 @@ impl Apply for SimApplier {
         let idle = self.in_flight.is_empty() && self.open.is_none();
         self.world().require(idle, || "an idle position is written while parts are in flight".into());
         self.world().seen.note_all(Rare::JoinedIdle, joined.len() as u64);
-        self.move_to(Point::Advance, position.0, joined.iter().map(by_name).collect()).await
+        let reached = Reached { joined: joined.to_vec(), own: Vec::new() };
+        let moves = Moves::new(&reached, &self.world());
+        self.move_to(Point::Advance, position.0, moves).await
     }
 
     async fn durable(&mut self) -> Result<Option<Lsn>> {
@@ -507,14 +511,39 @@ impl Patch {
     }
 }
 
-fn move_to(stored: &mut Stored, position: u64, joined: &[usize]) -> Result<()> {
-    if stored.position.is_none_or(|held| held > position) {
-        return Err(Error::bug(format!("the checkpoint goes from {:?} back to {position}", stored.position)));
+/// What a commit of the stream makes of checkpoint and tables.
+#[derive(Clone)]
+struct Moves {
+    joined: Vec<usize>,
+    own: Vec<usize>,
+    /// The checkpoint goes back to where the log is read again.
+    goes_back: bool,
+}
+
+impl Moves {
+    fn new(reached: &Reached, world: &World) -> Self {
+        let [joined, own] = [&reached.joined, &reached.own].map(|names| names.iter().map(by_name).collect::<Vec<_>>());
+        let own = if world.breaks(Mutant::OwnPositionApart) { Vec::new() } else { own };
+        Self { joined, goes_back: world.breaks(Mutant::CheckpointGoesBack) && !own.is_empty(), own }
     }
-    stored.position = Some(position);
-    for table in joined {
-        let entry = stored.entry(*table);
-        (entry.state, entry.position) = (TableState::Ready, None);
+
+    fn write(&self, stored: &mut Stored, position: u64) -> Result<()> {
+        let Some(held) = stored.position else { return Err(Error::bug("the checkpoint was moved before its first position was written")) };
+        if position < held && !self.joined.is_empty() {
+            return Err(Error::bug(format!("tables join at {position}, before the checkpoint at {held}")));
+        }
+        stored.position = Some(if self.goes_back { position } else { held.max(position) });
+        for table in &self.joined {
+            let entry = stored.entry(*table);
+            (entry.state, entry.position) = (TableState::Ready, None);
+        }
+        for table in &self.own {
+            let entry = stored.entry(*table);
+            if entry.state != TableState::CatchingUp || entry.position >= Some(position) || position >= held {
+                return Err(Error::bug(format!("{entry:?} moves to {position}, the checkpoint is at {held}")));
+            }
+            entry.position = Some(position);
+        }
+        Ok(())
     }
-    Ok(())
 }

@@ -29,6 +29,7 @@ pub enum Point {
     IntendLog,
     Initialize,
     SetTimeline,
+    Register,
     BeginCopy,
     SetState,
     Forget,
@@ -38,7 +39,7 @@ pub enum Point {
 }
 
 impl Point {
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Identity,
         Self::Take,
         Self::Prove,
@@ -63,6 +64,7 @@ impl Point {
         Self::IntendLog,
         Self::Initialize,
         Self::SetTimeline,
+        Self::Register,
         Self::BeginCopy,
         Self::SetState,
         Self::Forget,

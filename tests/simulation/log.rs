@@ -91,8 +91,9 @@ impl ChangeLog for SimLog {
         let flushed = world.server.flushed.position;
         world.require(flushed.is_some_and(|flushed| durable.0 <= flushed), || format!("{durable} was confirmed, {flushed:?} is durable"));
         let is_there = world.history.timeline() == self.timeline && world.source.serves(self.session);
+        let confirmed = if world.breaks(Mutant::HoldNotKept) { flushed.unwrap_or(durable.0) } else { durable.0 };
         if let Some(slot) = world.history.slot.as_mut().filter(|_| is_there) {
-            slot.confirmed = slot.confirmed.max(durable.0);
+            slot.confirmed = slot.confirmed.max(confirmed);
         }
     }
 

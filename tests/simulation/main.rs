@@ -14,6 +14,7 @@ mod loads;
 mod log;
 mod mutants;
 mod oracle;
+mod register;
 mod seen;
 mod server;
 mod sets;

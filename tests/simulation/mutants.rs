@@ -82,10 +82,22 @@ pub enum Mutant {
     EarlyCheckpointApart,
     /// A claim leaves the connection alone that writes a transaction early.
     EarlyLaneLeftAlone,
+    /// What is durable is confirmed, whatever tables that are not ready still need.
+    HoldNotKept,
+    /// A change is not due that lies before the checkpoint, wherever its table is.
+    DueByCheckpoint,
+    /// The own position of a table that catches up does not move with its rows.
+    OwnPositionApart,
+    /// The checkpoint goes back to where the log is read again.
+    CheckpointGoesBack,
+    /// The commit with which a table joins is not on disk when what it needed may be thrown away.
+    JoinNotOnDisk,
+    /// A table that needs a new copy stays what it was until the copy begins.
+    OldCopyTakenForGood,
 }
 
 impl Mutant {
-    pub const ALL: [Self; 40] = [
+    pub const ALL: [Self; 46] = [
         Self::CheckpointBeforeData,
         Self::BeginInsteadOfEnd,
         Self::DueByGreaterOrEqual,
@@ -126,5 +138,11 @@ impl Mutant {
         Self::LostPiecesNotMissed,
         Self::EarlyCheckpointApart,
         Self::EarlyLaneLeftAlone,
+        Self::HoldNotKept,
+        Self::DueByCheckpoint,
+        Self::OwnPositionApart,
+        Self::CheckpointGoesBack,
+        Self::JoinNotOnDisk,
+        Self::OldCopyTakenForGood,
     ];
 }

@@ -77,10 +77,18 @@ pub enum Rare {
     CopyWaited,
     /// The key was taken for good.
     CopyFailed,
+    /// The stream went on while a table was copied.
+    BesideCopy,
+    /// The log was read again for a table, and there was something for it.
+    ReadAgain,
+    /// A table joined that was behind the checkpoint,
+    JoinedFromBehind,
+    /// with a part that begins before the checkpoint and ends behind it.
+    PartOverCheckpoint,
 }
 
 impl Rare {
-    pub const ALL: [Self; 41] = [
+    pub const ALL: [Self; 45] = [
         Self::JoinedByPart,
         Self::JoinedIdle,
         Self::OpenPart,
@@ -122,6 +130,10 @@ impl Rare {
         Self::EarlyLaneLost,
         Self::CopyWaited,
         Self::CopyFailed,
+        Self::BesideCopy,
+        Self::ReadAgain,
+        Self::JoinedFromBehind,
+        Self::PartOverCheckpoint,
     ];
 }
 

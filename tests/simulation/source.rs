@@ -18,9 +18,13 @@ use sluice::engine::table::{MappedTable, QualifiedName};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 /// Ranges of each table.
 const RANGES: usize = 2;
+
+/// The clock stands still while anybody has something to do.
+const READ_PAUSE: Duration = Duration::from_millis(40);
 
 /// How often it is looked whether the locks are free before the taking is given up.
 const LOCK_TRIES: u32 = 200;
@@ -57,8 +61,7 @@ impl SimSource {
     }
 
     /// Has a statement run that changes the source, from its sending to the answer.
-    async fn run(&self, point: Point, lock: Lock, statement: Statement) -> Result<Option<ConsistentPoint>> {
-        let session = self.fenced(lock)?;
+    async fn run(&self, point: Point, session: usize, statement: Statement) -> Result<Option<ConsistentPoint>> {
         self.reach.world().source.send(session, statement)?;
         self.reach.strike(point, Moment::Committing).await?;
         let answer = loop {
@@ -77,10 +80,9 @@ impl SimSource {
         answer
     }
 
-    async fn make_slot(&self, point: Point, lasting: bool) -> Result<SimSnapshot> {
-        self.reach.io(point).await?;
+    async fn make_slot(&self, point: Point, session: usize, lasting: bool) -> Result<SimSnapshot> {
         let timeline = self.timeline()?;
-        let made = self.run(point, Lock::Slots, Statement::MakeSlot { lasting, waits_for: None }).await?;
+        let made = self.run(point, session, Statement::MakeSlot { lasting, waits_for: None }).await?;
         let point = made.ok_or_else(|| Error::bug("a slot without a consistent point"))?;
         self.publish_late().await?;
         Ok(SimSnapshot { reach: self.reach.clone(), timeline, position: Lsn(point.position), point })
@@ -92,7 +94,7 @@ impl SimSource {
             return Ok(());
         }
         let [add, remove] = [(wanted, now), (now, wanted)].map(|(these, those)| std::array::from_fn(|table| these[table] && !those[table]));
-        self.run(Point::Publish, Lock::Statements, Statement::Alter { add, remove }).await.map(drop)
+        self.run(Point::Publish, self.fenced(Lock::Statements)?, Statement::Alter { add, remove }).await.map(drop)
     }
 
     async fn publish_late(&self) -> Result<()> {
@@ -222,16 +224,20 @@ impl Source for SimSource {
     }
 
     async fn create_log(&self) -> Result<SimSnapshot> {
-        self.make_slot(Point::CreateLog, true).await
+        self.reach.io(Point::CreateLog).await?;
+        self.make_slot(Point::CreateLog, self.fenced(Lock::Slots)?, true).await
     }
 
     async fn drop_log(&self) -> Result<()> {
         self.reach.io(Point::DropLog).await?;
-        self.run(Point::DropLog, Lock::Statements, Statement::DropSlot).await.map(drop)
+        self.run(Point::DropLog, self.fenced(Lock::Statements)?, Statement::DropSlot).await.map(drop)
     }
 
     async fn snapshot(&self) -> Result<SimSnapshot> {
-        self.make_slot(Point::Snapshot, false).await
+        self.reach.io(Point::Snapshot).await?;
+        // A session of its own, without a lock: nothing of a temporary slot outlives it.
+        let session = Passing::open(&self.reach);
+        self.make_slot(Point::Snapshot, session.number, false).await
     }
 
     async fn open(&self, from: &Lsn, tables: &[MappedTable], limits: BatchLimits) -> Result<SimLog> {
@@ -283,6 +289,25 @@ impl Source for SimSource {
     }
 }
 
+/// A session that ends with what it was opened for.
+struct Passing {
+    reach: Reach,
+    number: usize,
+}
+
+impl Passing {
+    fn open(reach: &Reach) -> Self {
+        let number = reach.world().source.connect(reach.epoch());
+        Self { reach: reach.clone(), number }
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        self.reach.leave_source(self.number);
+    }
+}
+
 pub struct SimSnapshot {
     reach: Reach,
     timeline: i64,
@@ -322,6 +347,11 @@ impl Snapshot for SimSnapshot {
     /// A range is every second key; its bytes are lines of numbers.
     async fn read(&self, table: &MappedTable, range: &Range, _: BulkFormat) -> Result<BulkStream> {
         self.reach.io(Point::Read).await?;
+        let rounds = self.reach.world().long_read();
+        for _ in 0..rounds {
+            tokio::time::sleep(READ_PAUSE).await;
+            self.reach.step().await;
+        }
         self.enter(number(table)).await?;
         let rows = &self.point.tables[number(table)];
         let mut text = String::new();

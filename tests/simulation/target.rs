@@ -4,6 +4,7 @@ use crate::applier::SimApplier;
 use crate::faults::{Moment, Point};
 use crate::history::{KEYLESS_TABLE, KEYS, Row, in_order};
 use crate::mutants::Mutant;
+use crate::register::SimRegister;
 use crate::seen::Rare;
 use crate::server::{Effect, Entry, Order, Stored, ended, lost_claim};
 use crate::tables::{number, table};
@@ -100,6 +101,7 @@ impl SimTarget {
 impl Target for SimTarget {
     type Position = Lsn;
     type Applier = SimApplier;
+    type Register = SimRegister;
 
     async fn check(&self, _: &SourceIdentity, _: &[MappedTable], _: &[Fed]) -> Result<Vec<String>> {
         self.0.io(Point::Check).await?;
@@ -139,6 +141,11 @@ impl Target for SimTarget {
         });
         let applier = SimApplier::new(connection, claim.epoch, stored.position);
         Ok((Claimed { claim, checkpoint, log_intended: stored.intended }, applier))
+    }
+
+    async fn register(&self, claim: &Claim) -> Result<SimRegister> {
+        self.0.io(Point::Register).await?;
+        Ok(SimRegister { connection: Connection::open(&self.0), epoch: claim.epoch })
     }
 
     async fn bulk_format(&self, _: &MappedTable) -> Result<BulkFormat> {

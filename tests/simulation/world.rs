@@ -53,6 +53,10 @@ pub struct World {
     slow: u32,
     /// How often, of a thousand calls, a worker does nothing for long.
     pauses: u32,
+    /// How often, of a thousand times, the reading of a range takes long while the stream goes on.
+    long_reads: u32,
+    /// Transactions that users begin meanwhile.
+    writes_beside: u32,
     to_the_end: bool,
 }
 
@@ -65,6 +69,7 @@ impl World {
         let (restless, to_the_end) = (dice.chance(500), dice.chance(200));
         let slow = [0, 0, 600, 800][dice.below(4) as usize];
         let pauses = [0, 0, 3, 15][dice.below(4) as usize];
+        let long_reads = [0, 300, 600][dice.below(3) as usize];
         Self {
             history,
             server: Server::default(),
@@ -87,6 +92,8 @@ impl World {
             restless,
             slow,
             pauses,
+            long_reads,
+            writes_beside: 30,
             to_the_end,
             dice,
         }
@@ -197,6 +204,18 @@ impl World {
         steps
     }
 
+    /// How long the reading of a range takes beyond its steps. Meanwhile users write, and the stream goes on.
+    pub fn long_read(&mut self) -> u32 {
+        if self.server.stored.position.is_none() || !self.dice.chance(self.long_reads) {
+            return 0;
+        }
+        let (rounds, writes) = (5 + self.dice.below(20), self.dice.below(8).min(self.writes_beside));
+        self.writes_beside -= writes;
+        self.history.writes_left += writes;
+        self.round_left += 4 * rounds;
+        rounds
+    }
+
     /// Takes so many steps off the round.
     pub fn wear_out(&mut self, steps: u32) {
         self.round_left = self.round_left.saturating_sub(steps);
@@ -245,7 +264,7 @@ impl World {
             settled &= self.mapped[table] && matches!(entry.state, TableState::Ready | TableState::Error);
             let right_up_to = match (entry.state, entry.position) {
                 (TableState::Ready, _) => position,
-                (TableState::CatchingUp | TableState::Copied, Some(own)) => own.max(position),
+                (TableState::CatchingUp | TableState::Copied, Some(own)) => own,
                 _ => continue,
             };
             self.seen.comparisons += 1;

@@ -19,38 +19,36 @@ use super::checkpoint::Claim;
 use super::connect::Session;
 use super::ddl;
 use super::lsn::Lsn;
+use super::register::{CONTROL_LIMIT, PostgresRegister};
 use super::statements::TableWriter;
 use super::target::{PostgresTarget, failed, within};
 use crate::engine::batch::{Batch, Part};
 use crate::engine::coalesce::Order;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::lost_task;
+use crate::engine::register::{Reached, Register};
 use crate::engine::roles::{self, Applied, Apply, ApplyMode, Proof};
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use durability::Durability;
 use early::EarlyLane;
 use footprint::Footprint;
-use futures::future::{join, join3, try_join_all};
+use futures::future::try_join_all;
 pub(super) use lane::Prepared;
 use lane::{Job, Lane, Outcome, Turn};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Bound for each call but the writing of changes, which takes as long as it takes.
-const CONTROL_LIMIT: Duration = Duration::from_secs(90);
-/// Bound for the emptying of a table, which may have to be done row by row.
-const EMPTY_LIMIT: Duration = Duration::from_secs(24 * 3600);
-
 /// Applies changes to PostgreSQL.
 pub struct PostgresApplier {
     /// All sessions; the first one also writes what is no change.
     sessions: Vec<Arc<Session>>,
+    /// Writes on the first one.
+    register: PostgresRegister,
     claim: Claim,
     mode: ApplyMode,
     /// What fires on the target may.
@@ -110,6 +108,7 @@ impl PostgresApplier {
     ) -> Self {
         let lanes: Vec<Lane> = sessions.into_iter().map(|(session, pid, prepared)| Lane::new(session, pid, prepared)).collect();
         Self {
+            register: PostgresRegister::new(Arc::clone(&lanes[0].session), claim.clone(), mode),
             sessions: lanes.iter().map(|lane| Arc::clone(&lane.session)).collect(),
             early: EarlyLane::new(target.clone(), claim.clone()),
             claim,
@@ -146,117 +145,8 @@ impl PostgresApplier {
         Ok(())
     }
 
-    /// Begins a transaction that is on disk when it is committed.
-    async fn begin(&self) -> Result<()> {
-        let sql = format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; {}", ddl::LOCK_TIMEOUT);
-        self.session().batch_execute(&sql).await.map_err(failed("begin a transaction"))
-    }
-
-    async fn commit(&self) -> Result<()> {
-        self.session().batch_execute("COMMIT").await.map_err(failed("commit"))
-    }
-
-    /// One statement that is bound to the claim by itself, and says so when the claim is lost: a transaction in one round trip.
-    async fn statement(&self, what: &str, written: impl Future<Output = Result<()>>) -> Result<()> {
-        self.may_begin()?;
-        let transaction = async { Ok(join3(self.begin(), written, self.commit()).await) };
-        let (begun, written, committed) = within(CONTROL_LIMIT, what, transaction).await?;
-        begun?;
-        written?;
-        committed
-    }
-
-    /// Statements in a transaction. They are not sent before it has begun: outside of it each would stand for itself.
-    async fn statements(&self, what: &str, written: impl Future<Output = Result<()>>) -> Result<()> {
-        self.may_begin()?;
-        within(CONTROL_LIMIT, what, async {
-            self.begin().await?;
-            let written = self.prove_behind(written).await;
-            self.end(written).await
-        })
-        .await
-    }
-
-    /// Statements that are sent together, and the proof of the claim with them, as the last one.
-    async fn prove_behind<T>(&self, written: impl Future<Output = Result<T>>) -> Result<T> {
-        let (written, proven) = join(written, self.claim.check(self.session())).await;
-        let written = written?;
-        proven.map(|()| written)
-    }
-
-    /// Commits what has succeeded, or rolls back.
-    async fn end<T>(&self, result: Result<T>) -> Result<T> {
-        match result {
-            Ok(value) => {
-                self.commit().await?;
-                Ok(value)
-            }
-            Err(error) => {
-                // The error is what matters; a lost connection has rolled back by itself.
-                let _ = self.session().batch_execute("ROLLBACK").await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn begin_copy_inside(&self, table: &MappedTable, beside: &[&MappedTable], truncate: bool, place: ddl::Place) -> Result<i64> {
-        let session = self.session();
-        let made = place.present.is_none();
-        if !made {
-            self.empty(table, beside, truncate).await?;
-        }
-        let create = async { if made { ddl::create(session, table, place.has_schema).await } else { Ok(()) } };
-        let written = async {
-            let (created, generation) = join(create, self.claim.begin_table(session, table, made)).await;
-            created.and(generation)
-        };
-        self.prove_behind(written).await
-    }
-
-    /// Empties a table, and with it those that foreign keys make one with it.
-    async fn empty(&self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<()> {
-        let session = self.session();
-        let tables: Vec<&MappedTable> = std::iter::once(table).chain(beside.iter().copied()).collect();
-        let names: Vec<&QualifiedName> = tables.iter().map(|table| &table.target).collect();
-        let related = ddl::related(session, &names).await?;
-        let members: Vec<&QualifiedName> = related.members.iter().map(|number| names[*number]).collect();
-        let mut full = Vec::new();
-        for number in &related.members {
-            if ddl::has_rows(session, names[*number]).await? {
-                self.check_may_empty(tables[*number], truncate).await?;
-                full.push(names[*number]);
-            }
-        }
-        for emptied in related.empty(session, &members, &full, self.mode).await? {
-            // Nobody may take it for what it was, should its own copy never begin.
-            if let Some(other) = tables.iter().find(|table| table.target == *emptied) {
-                self.claim.begin_table(session, other, false).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Rows of an earlier copy by this very stream that was not finished are its own.
-    async fn check_may_empty(&self, table: &MappedTable, truncate: bool) -> Result<()> {
-        let known = self.claim.known_table(self.session(), table).await?;
-        let unfinished =
-            known.is_some_and(|known| known.generation > 0 && !matches!(known.state, TableState::CatchingUp | TableState::Ready));
-        if truncate || unfinished {
-            return Ok(());
-        }
-        Err(Error::stop(
-            reason::TARGET_TABLE_NOT_EMPTY,
-            format!("target table {} holds rows: empty it, or set snapshot.existingRows to Truncate", table.target),
-        ))
-    }
-
     /// Begins to write a part as soon as it may.
-    async fn accept(
-        &mut self,
-        part: Arc<Part<Lsn>>,
-        due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
-        joined: &[QualifiedName],
-    ) -> Result<()> {
+    async fn accept(&mut self, part: Arc<Part<Lsn>>, due: &(dyn Fn(u32, usize) -> bool + Send + Sync), reached: &Reached) -> Result<()> {
         if part.continues && !self.part_is_open {
             // What may fail early fails without a loss; the log goes on behind it only when nothing has failed.
             let lost = || Error::retry(reason::WRITE_REFUSED, "what was written of a transaction before it had ended is lost");
@@ -264,13 +154,13 @@ impl PostgresApplier {
             self.part_is_open = true;
         }
         let busy = !self.flight.is_empty() || !self.finished.is_empty();
-        if part.continues != self.part_is_open || (!joined.is_empty() && (part.open || busy)) {
+        if part.continues != self.part_is_open || (!reached.is_empty() && (part.open || busy)) {
             return Err(Error::bug("a part does not continue where the one before has ended"));
         }
         let batch = &part.batch;
         let due: Vec<bool> = batch.changes().iter().enumerate().map(|(index, change)| due(batch.table(change).id, index)).collect();
         self.check_versions(batch, &due)?;
-        let footprint = self.footprint(&part, &due, joined);
+        let footprint = self.footprint(&part, &due, reached);
         let lane = loop {
             let apart = self.flight.iter().all(|other| other.footprint.is_apart_from(&footprint));
             if apart && let Some(lane) = self.take_lane() {
@@ -295,7 +185,7 @@ impl PostgresApplier {
             writers: Arc::clone(&self.writers),
             mode: self.mode,
             claim: self.claim.clone(),
-            joined: joined.to_vec(),
+            reached: reached.clone(),
             from,
             turn,
             done,
@@ -306,8 +196,8 @@ impl PostgresApplier {
         Ok(())
     }
 
-    fn footprint(&self, part: &Part<Lsn>, due: &[bool], joined: &[QualifiedName]) -> Footprint {
-        let whole = !part.open && !part.continues && joined.is_empty();
+    fn footprint(&self, part: &Part<Lsn>, due: &[bool], reached: &Reached) -> Footprint {
+        let whole = !part.open && !part.continues && reached.is_empty();
         if self.sessions.len() > 1 && whole && self.mode == ApplyMode::Replica {
             Footprint::of(&part.batch, &self.writers, due)
         } else {
@@ -407,58 +297,55 @@ impl Proof for PostgresApplier {
     }
 }
 
-impl Apply for PostgresApplier {
+impl Register for PostgresApplier {
     type Position = Lsn;
 
+    async fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
+        self.may_begin()?;
+        self.register.begin_copy(table, beside, truncate).await
+    }
+
+    async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
+        self.may_begin()?;
+        self.register.set_state(table, state, position).await
+    }
+
+    async fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> Result<Vec<i32>> {
+        self.usable()?;
+        self.register.done_ranges(table, generation).await
+    }
+}
+
+impl Apply for PostgresApplier {
     async fn intend_log(&mut self) -> Result<()> {
-        self.statement("note the slot to come", self.claim.intend_log(self.session())).await
+        self.may_begin()?;
+        self.register.statement("note the slot to come", self.claim.intend_log(self.session())).await
     }
 
     async fn initialize(&mut self, position: &Lsn, timeline: i64) -> Result<()> {
-        self.statement("write the first checkpoint", self.claim.initialize(self.session(), *position, timeline)).await?;
+        self.may_begin()?;
+        self.register.statement("write the first checkpoint", self.claim.initialize(self.session(), *position, timeline)).await?;
         self.position = Some(*position);
         self.durability = Durability::new(Some(*position));
         Ok(())
     }
 
     async fn start_over(&mut self) -> Result<()> {
-        self.statements("forget the copies", self.claim.start_over(self.session())).await?;
+        self.may_begin()?;
+        self.register.statements("forget the copies", self.claim.start_over(self.session())).await?;
         self.position = None;
         self.durability = Durability::new(None);
         Ok(())
     }
 
     async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
-        self.statement("write the timeline", self.claim.set_timeline(self.session(), timeline)).await
-    }
-
-    async fn begin_copy(&mut self, table: &MappedTable, beside: &[&MappedTable], truncate: bool) -> Result<i64> {
         self.may_begin()?;
-        within(EMPTY_LIMIT, "begin a copy", async {
-            // Three round trips where the table is made: what is there; what is made and written; the commit.
-            let (begun, place) = join(self.begin(), ddl::look(self.session(), table)).await;
-            begun?;
-            let generation = match place {
-                Ok(place) => self.begin_copy_inside(table, beside, truncate, place).await,
-                Err(error) => Err(error),
-            };
-            self.end(generation).await
-        })
-        .await
-    }
-
-    async fn set_state(&mut self, table: &MappedTable, state: TableState, position: Option<&Lsn>) -> Result<()> {
-        self.statements("write a table's state", self.claim.set_state(self.session(), table, state, position.copied())).await
+        self.register.statement("write the timeline", self.claim.set_timeline(self.session(), timeline)).await
     }
 
     async fn forget(&mut self, tables: &[QualifiedName]) -> Result<()> {
-        self.statements("forget tables", self.claim.forget(self.session(), tables)).await
-    }
-
-    async fn done_ranges(&mut self, table: &MappedTable, generation: i64) -> Result<Vec<i32>> {
-        self.usable()?;
-        let read = self.claim.done_ranges(self.session(), table.source(), generation);
-        within(CONTROL_LIMIT, "read the copied ranges", read).await
+        self.may_begin()?;
+        self.register.statements("forget tables", self.claim.forget(self.session(), tables)).await
     }
 
     async fn prepare(&mut self, tables: &[MappedTable]) -> Result<()> {
@@ -481,14 +368,9 @@ impl Apply for PostgresApplier {
         Ok(())
     }
 
-    async fn apply(
-        &mut self,
-        part: Arc<Part<Lsn>>,
-        due: &(dyn Fn(u32, usize) -> bool + Send + Sync),
-        joined: &[QualifiedName],
-    ) -> Result<()> {
+    async fn apply(&mut self, part: Arc<Part<Lsn>>, due: &(dyn Fn(u32, usize) -> bool + Send + Sync), reached: &Reached) -> Result<()> {
         self.usable()?;
-        self.accept(part, due, joined).await.inspect_err(|_| self.broken = true)
+        self.accept(part, due, reached).await.inspect_err(|_| self.broken = true)
     }
 
     fn early_tables(&self) -> HashSet<u32> {
@@ -517,7 +399,7 @@ impl Apply for PostgresApplier {
             writers: Arc::clone(&self.writers),
             mode: self.mode,
             claim: self.claim.clone(),
-            joined: Vec::new(),
+            reached: Reached::default(),
             from: None,
             turn: Turn::now(),
             done: oneshot::channel().0,
@@ -564,7 +446,8 @@ impl Apply for PostgresApplier {
     async fn advance(&mut self, position: &Lsn, joined: &[QualifiedName]) -> Result<()> {
         self.usable()?;
         let idle = Part::idle(*position);
-        let apply = self.apply(Arc::new(idle), &|_, _| false, joined);
+        let reached = Reached { joined: joined.to_vec(), own: Vec::new() };
+        let apply = self.apply(Arc::new(idle), &|_, _| false, &reached);
         within(CONTROL_LIMIT, "advance the checkpoint", apply).await?;
         self.applied().await.map(|_| ())
     }

@@ -17,6 +17,7 @@ use super::lsn::Lsn;
 use super::sql::qualified;
 use super::target::failed;
 use crate::engine::error::{Class, Error, Result, reason};
+use crate::engine::register::Reached;
 pub(super) use crate::engine::roles::Claim;
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use tokio_postgres::Statement;
@@ -239,22 +240,36 @@ impl Claim {
         written.map(drop).map_err(failed("write a table's state"))
     }
 
-    /// Tables that have been reached by the stream.
-    pub(super) async fn join(&self, client: &Session, tables: &[QualifiedName]) -> Result<()> {
+    /// Writes what a commit of the stream makes of tables, in its transaction.
+    pub(super) async fn reached(&self, client: &Session, reached: &Reached, position: Lsn) -> Result<()> {
+        let Reached { joined, own } = reached;
+        if !joined.is_empty() {
+            let on_disk = "SET LOCAL synchronous_commit = on";
+            client.batch_execute(on_disk).await.map_err(failed("join tables"))?;
+            self.move_tables(client, joined, TableState::Ready, None).await?;
+        }
+        if !own.is_empty() {
+            self.move_tables(client, own, TableState::CatchingUp, Some(position)).await?;
+        }
+        Ok(())
+    }
+
+    async fn move_tables(&self, client: &Session, tables: &[QualifiedName], state: TableState, position: Option<Lsn>) -> Result<()> {
         let key = &self.key;
         let (schemas, names) = columns_of(tables);
+        let position = position.map(|position| position.to_string());
         let rows = client
             .execute(
-                "UPDATE _sluice.tables SET state = $4, position = NULL, updated_at = now()
-                 FROM unnest($5::text[], $6::text[]) AS joined(source_schema, source_table)
+                "UPDATE _sluice.tables SET state = $4, position = $7, updated_at = now()
+                 FROM unnest($5::text[], $6::text[]) AS moved(source_schema, source_table)
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3
-                   AND tables.source_schema = joined.source_schema AND tables.source_table = joined.source_table",
-                &[&key.system_identifier, &key.database, &key.slot, &TableState::Ready.as_str(), &schemas, &names],
+                   AND tables.source_schema = moved.source_schema AND tables.source_table = moved.source_table",
+                &[&key.system_identifier, &key.database, &key.slot, &state.as_str(), &schemas, &names, &position],
             )
             .await
-            .map_err(failed("join tables"))?;
+            .map_err(failed("move tables"))?;
         if rows != tables.len() as u64 {
-            return Err(Error::bug("a table that joins the stream is not in the checkpoint"));
+            return Err(Error::bug("a table that follows the stream is not in the checkpoint"));
         }
         Ok(())
     }

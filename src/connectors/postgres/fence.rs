@@ -12,6 +12,10 @@
 //! * a holder is ended only if the claim still stands *after* the holder was seen. A successor claims before it locks, so that a
 //!   worker which has lost its claim never ends its successor's session.
 //!
+//! A temporary slot, for a copy beside the stream, is made on a session without a lock: nothing of it outlives its session, and nothing
+//! that was read under it is written when the claim is lost. One that still waits for old transactions when its worker is gone is
+//! found by its name, which begins with a hash of the lasting slot's, and ended after the locks were taken and the claim was looked at.
+//!
 //! There are two locks, since statements and the making of slots need sessions of different kinds. The key is the slot's name
 //! (advisory locks belong to a database): the first eight bytes of the SHA-256 of `sluice statements SLOT` and `sluice slots
 //! SLOT`. The locks are of no use through a pooler; neither is replication.
@@ -66,11 +70,14 @@ pub(super) async fn take(statements: &Session, slots: &mut ReplicationClient, sl
     let deadline = Instant::now() + RELEASE_LIMIT;
     loop {
         // A session that has the lock already is given it once more.
-        let (first, second) = futures::future::try_join(try_lock(statements, keys.statements), try_lock_slots(slots, keys.slots)).await?;
+        let (first, second, left) =
+            futures::future::try_join3(try_lock(statements, keys.statements), try_lock_slots(slots, keys.slots), orphans(statements, slot))
+                .await?;
         let taken: Vec<i64> =
             [(keys.statements, first), (keys.slots, second)].iter().filter(|(_, got)| !got).map(|(key, _)| *key).collect();
         if taken.is_empty() {
-            return claim.prove().await;
+            claim.prove().await?;
+            return end_orphans(statements, &left).await;
         }
         end_holders(statements, slot, &taken, claim, deadline).await?;
     }
@@ -97,6 +104,38 @@ pub(super) async fn take_for_good(session: &Session, slot: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A new name for a temporary slot of a stream.
+pub(super) fn temporary_slot(slot: &str) -> String {
+    format!("{}{:016x}", temporary_slots(slot), rand::random::<u64>())
+}
+
+/// How the names of a stream's temporary slots begin. Letters of slot names are lower case (manual: "Replication Slots").
+fn temporary_slots(slot: &str) -> String {
+    let hash: String = Sha256::digest(slot).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    format!("sluice_tmp_{hash}_")
+}
+
+/// Temporary slots of a stream.
+async fn orphans(session: &Session, slot: &str) -> Result<Vec<String>> {
+    const ORPHANS: &str = "SELECT slot_name::text FROM pg_replication_slots WHERE temporary AND starts_with(slot_name, $1)";
+    let rows = answer(Side::Source, "look for temporary slots", session.query(ORPHANS, &[&temporary_slots(slot)])).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Ends whoever makes them, and they go with it. They were seen before the claim was looked at, so that none is a successor's. A
+/// session that may not be ended ends by itself when what it waits for is over.
+async fn end_orphans(session: &Session, orphans: &[String]) -> Result<()> {
+    const END: &str =
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = ANY($1) AND active_pid IS NOT NULL";
+    if orphans.is_empty() {
+        return Ok(());
+    }
+    match answer(Side::Source, "end an old worker's sessions", session.query(END, &[&orphans])).await {
+        Err(error) if error.reason != reason::PRIVILEGE_MISSING => Err(error),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 async fn try_lock(session: &Session, key: i64) -> Result<bool> {
@@ -155,6 +194,12 @@ mod tests {
         assert!(keys.statements != keys.slots && keys.statements != other.statements && keys.slots != other.slots);
         // `printf 'sluice statements s' | sha256sum`: workers of all builds must agree.
         assert_eq!(keys.statements as u64, u64::from_str_radix(STATEMENTS_OF_S, 16).unwrap());
+    }
+
+    #[test]
+    fn names_of_temporary_slots_fit() {
+        let [name, other] = ["s".repeat(63), "t".into()].map(|slot: String| temporary_slot(&slot));
+        assert!(name.len() <= 63 && name.starts_with(&temporary_slots(&"s".repeat(63))) && !other.starts_with(&temporary_slots("s")));
     }
 
     const STATEMENTS_OF_S: &str = "c14fb064203c5779";

@@ -21,6 +21,7 @@ pub mod log;
 pub mod lsn;
 pub mod pgoutput;
 pub mod publication;
+mod register;
 mod relate;
 pub mod replication;
 pub mod session;

@@ -163,9 +163,13 @@ impl PostgresSource {
     }
 
     /// Makes a slot and takes its snapshot over, so that the replication session is free.
-    async fn slot_with_snapshot(&self, name: &str, temporary: bool) -> Result<PostgresSnapshot> {
-        let mut client = guard(&self.walsender).take().ok_or_else(|| not_taken("slots"))?;
-        let observer = self.session().await?;
+    async fn slot_with_snapshot(
+        &self,
+        client: &mut ReplicationClient,
+        observer: &Session,
+        name: &str,
+        temporary: bool,
+    ) -> Result<PostgresSnapshot> {
         let opening = guard(&self.hands).take();
         let hands = async {
             match opening {
@@ -174,18 +178,9 @@ impl PostgresSource {
             }
         };
         let new = NewSlot { name, temporary, limit: self.creation_limit };
-        let create = slot::create(&mut client, &observer, new, |waiting| *guard(&self.waiting) = waiting);
+        let create = slot::create(client, observer, new, |waiting| *guard(&self.waiting) = waiting);
         let (created, hands) = futures::future::try_join(create, hands).await?;
-        observer.keep();
-        let snapshot = PostgresSnapshot::import(hands, &self.endpoint, created.consistent_point, &created.snapshot_name).await?;
-        // Any command ends the transaction that the snapshot was exported from.
-        if temporary {
-            client.drop_slot(name).await?;
-        } else {
-            client.simple_query("SELECT").await?;
-        }
-        *guard(&self.walsender) = Some(client);
-        Ok(snapshot)
+        PostgresSnapshot::import(hands, &self.endpoint, created.consistent_point, &created.snapshot_name).await
     }
 
     /// Version and role, which the rules need.
@@ -324,7 +319,14 @@ impl Source for PostgresSource {
     }
 
     async fn create_log(&self) -> Result<PostgresSnapshot> {
-        self.slot_with_snapshot(&self.slot, false).await
+        let mut client = guard(&self.walsender).take().ok_or_else(|| not_taken("slots"))?;
+        let observer = self.session().await?;
+        let snapshot = self.slot_with_snapshot(&mut client, &observer, &self.slot, false).await?;
+        observer.keep();
+        // Any command ends the transaction that the snapshot was exported from.
+        client.simple_query("SELECT").await?;
+        *guard(&self.walsender) = Some(client);
+        Ok(snapshot)
     }
 
     async fn drop_log(&self) -> Result<()> {
@@ -335,8 +337,13 @@ impl Source for PostgresSource {
     }
 
     async fn snapshot(&self) -> Result<PostgresSnapshot> {
-        let name = format!("sluice_tmp_{:016x}", rand::random::<u64>());
-        self.slot_with_snapshot(&name, true).await
+        let name = fence::temporary_slot(&self.slot);
+        // Sessions of its own: the others are needed by the stream, and the slot may have to wait for long.
+        let (mut client, observer) =
+            futures::future::try_join(self.replication(), connect(&self.endpoint, Side::Source, APPLICATION_NAME)).await?;
+        let snapshot = self.slot_with_snapshot(&mut client, &observer, &name, true).await?;
+        client.drop_slot(&name).await?;
+        Ok(snapshot)
     }
 
     async fn open(&self, from: &Lsn, tables: &[MappedTable], limits: BatchLimits) -> Result<PostgresLog> {

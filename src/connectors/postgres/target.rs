@@ -9,9 +9,10 @@ use super::ddl;
 use super::endpoint::Endpoint;
 use super::errors::classify;
 use super::finish;
-use super::load::{Loader, Loaders};
+use super::load::{self, Loader, Loaders};
 use super::lsn::Lsn;
 use super::pgoutput::binary_allowed;
+use super::register::PostgresRegister;
 use super::relate;
 use super::session::UNLIMITED;
 use crate::engine::error::{Error, Result, reason};
@@ -150,6 +151,7 @@ impl PostgresTarget {
 impl Target for PostgresTarget {
     type Position = Lsn;
     type Applier = PostgresApplier;
+    type Register = PostgresRegister;
 
     async fn connect(&self) -> Result<()> {
         let opening = futures::future::try_join(self.open_writers(), self.idle_session());
@@ -197,6 +199,12 @@ impl Target for PostgresTarget {
             Ok((claimed, applier))
         })
         .await
+    }
+
+    async fn register(&self, claim: &Claim) -> Result<PostgresRegister> {
+        let session = self.session("").await?;
+        let mode = load::set_up(&session, claim).await?;
+        Ok(PostgresRegister::new(Arc::new(session), claim.clone(), mode))
     }
 
     async fn bulk_format(&self, table: &MappedTable) -> Result<BulkFormat> {

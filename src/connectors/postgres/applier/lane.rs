@@ -16,8 +16,8 @@ use super::execute::{Executor, Statements};
 use crate::engine::batch::Part;
 use crate::engine::coalesce::{self, Plan, TableRule};
 use crate::engine::error::{Class, Error, Result, reason};
+use crate::engine::register::Reached;
 use crate::engine::roles::{Applied, ApplyMode};
-use crate::engine::table::QualifiedName;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +47,7 @@ pub(super) struct Job {
     pub writers: Arc<HashMap<u32, TableWriter>>,
     pub mode: ApplyMode,
     pub claim: Claim,
-    pub joined: Vec<QualifiedName>,
+    pub reached: Reached,
     /// The checkpoint when all earlier parts are committed; `None` before the first.
     pub from: Option<Lsn>,
     pub turn: Turn,
@@ -182,11 +182,11 @@ impl Lane {
         let plan = coalesce::plan(&part.batch, &rules(&writers), |_, index| job.due[index])?;
         let checkpoint = if part.open { None } else { Some(self.checkpoint_move(job, plan.rows())?) };
         if plan.is_empty() && !self.in_transaction {
-            if checkpoint.is_none_or(|checkpoint| checkpoint.to <= checkpoint.from) && job.joined.is_empty() {
+            if checkpoint.is_none_or(|checkpoint| checkpoint.to <= checkpoint.from) && job.reached.is_empty() {
                 job.turn.wait().await?;
                 return Ok(Outcome { applied: Applied { committed: !part.open, ..Applied::default() }, committed: None });
             }
-        } else if checkpoint.is_some_and(|checkpoint| checkpoint.to < checkpoint.from) {
+        } else if job.reached.own.is_empty() && checkpoint.is_some_and(|checkpoint| checkpoint.to < checkpoint.from) {
             return Err(Error::bug("changes came from before the checkpoint"));
         }
         for first_try in [true, false] {
@@ -230,9 +230,9 @@ impl Lane {
                 executor.drain().await?;
                 take_turn(&session, &mut job.turn).await?;
             }
-            if !job.joined.is_empty() {
+            if !job.reached.is_empty() {
                 executor.drain().await?;
-                claim.join(&session, &job.joined).await?;
+                claim.reached(&session, &job.reached, checkpoint.to).await?;
             }
             executor.move_checkpoint(&self.move_position, &claim, checkpoint).await?;
         }
