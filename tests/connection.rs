@@ -16,7 +16,7 @@ use sluice::connectors::postgres::connect::Side;
 use sluice::engine::error::{Error, Result, reason};
 use sluice::operator::cache::Caches;
 use sluice::operator::client::client as bounded_client;
-use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers, Postgres as Connector};
+use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers, Postgres as Connector, WatchedSlot};
 use sluice::operator::health::Health;
 use sluice::operator::metrics::Metrics;
 use sluice::operator::shutdown::Shutdown;
@@ -52,6 +52,10 @@ impl Databases for FakeDatabases {
 
     fn clean_up<'a>(&'a self, _: &'a Endpoint, _: &'a Leftovers) -> BoxFuture<'a, Result<CleanedUp>> {
         std::future::ready(Ok(CleanedUp::default())).boxed()
+    }
+
+    fn keep_budget<'a>(&'a self, _: &'a Endpoint, _: &'a WatchedSlot) -> BoxFuture<'a, Result<bool>> {
+        std::future::ready(Ok(false)).boxed()
     }
 
     fn forget_stream<'a>(&'a self, _: &'a Endpoint, _: &'a str, _: &'a MirrorId) -> BoxFuture<'a, Result<()>> {

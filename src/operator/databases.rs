@@ -8,8 +8,11 @@ use super::context::Context;
 use super::error::{ErrorClass, OperatorError, Result};
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret as Hidden, TlsMode};
+use crate::connectors::postgres::source::PostgresSource;
 use crate::connectors::postgres::{cleanup, forget, inspect};
 use crate::engine;
+use crate::engine::retention::Budget;
+use crate::engine::roles::Source as _;
 use crate::resources::common;
 use crate::resources::conditions::reason;
 use crate::resources::{ConnectionSpec, KeyRef, LocalRef};
@@ -38,6 +41,9 @@ pub trait Databases: Send + Sync + 'static {
 
     /// Drops a Mirror's slot and publication on its source.
     fn clean_up<'a>(&'a self, endpoint: &'a Endpoint, leftovers: &'a Leftovers) -> BoxFuture<'a, engine::error::Result<CleanedUp>>;
+
+    /// Drops a Mirror's slot when the source keeps more for it than its budget allows. Returns whether it did.
+    fn keep_budget<'a>(&'a self, source: &'a Endpoint, slot: &'a WatchedSlot) -> BoxFuture<'a, engine::error::Result<bool>>;
 
     /// Removes the checkpoint of a Mirror whose slot is gone from its target, so that another Mirror may write the same tables.
     fn forget_stream<'a>(&'a self, target: &'a Endpoint, slot: &'a str, mirror: &'a MirrorId) -> BoxFuture<'a, engine::error::Result<()>>;
@@ -80,6 +86,17 @@ pub struct FailedPrerequisite {
     pub cure: Option<String>,
     /// It stops nothing.
     pub warning: bool,
+}
+
+/// A slot with its budget.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchedSlot {
+    /// Its name.
+    pub slot: String,
+    /// Its publication, whose comment says that the slot was dropped on purpose.
+    pub publication: String,
+    /// How much may be kept for it, and what is done then.
+    pub budget: Budget,
 }
 
 /// What a Mirror leaves on its source.
@@ -138,6 +155,19 @@ impl Databases for Postgres {
             let doomed = cleanup::Doomed { slot, drop_slot: *drop_slot, publication: publication.as_deref() };
             let cleanup::CleanUp { slot_dropped, publication_dropped } = cleanup::drop_slot_and_publication(endpoint, doomed).await?;
             Ok(CleanedUp { slot_dropped, publication_dropped })
+        }
+        .boxed()
+    }
+
+    fn keep_budget<'a>(&'a self, source: &'a Endpoint, slot: &'a WatchedSlot) -> BoxFuture<'a, engine::error::Result<bool>> {
+        async move {
+            let source = PostgresSource::new(source.clone(), &slot.slot, &slot.publication);
+            let seen = source.retention().await?;
+            let is_too_much = seen.is_some_and(|seen| slot.budget.gives_up(&seen));
+            if is_too_much {
+                source.give_up().await?;
+            }
+            Ok(is_too_much)
         }
         .boxed()
     }

@@ -3,7 +3,7 @@
 //! Invariant: what is kept of a Mirror does not grow with the number of its tables.
 
 use super::apply;
-use crate::resources::{DeletionPolicy, LocalRef, MirrorStatus, Worker};
+use crate::resources::{DeletionPolicy, LocalRef, MirrorStatus, WalBudget, Worker};
 use k8s_openapi::api::apps::v1::DeploymentCondition;
 use k8s_openapi::api::core::v1::PodCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -36,6 +36,8 @@ pub struct SlimMirrorSpec {
     pub slot_name: Option<String>,
     /// Publication.
     pub publication_name: Option<String>,
+    /// How much of its log the source may keep for the slot.
+    pub wal_budget: Option<WalBudget>,
     /// What happens outside the cluster on deletion.
     pub deletion_policy: Option<DeletionPolicy>,
     /// Stop the stream and keep its position.

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::ResourceExt as _;
 use serde_json::json;
+use sluice::engine::retention::{Action, Budget};
 use sluice::resources::conditions::kind;
 use sluice::resources::names::{IN_USE_FINALIZER, MIRROR_FINALIZER};
 use sluice::resources::{Mirror, Source};
@@ -58,6 +59,21 @@ async fn a_slot_that_is_lost_while_suspended_is_told_at_once() {
     worker.says(json!({"retention": {"slotExists": false}}));
     stage.until("orders", "False", "SlotMissing").await;
     assert_eq!(stage.condition("orders", kind::STALLED).await, ("True".into(), "SlotMissing".into()));
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_keeps_the_budget_of_a_worker_that_does_not_answer() {
+    const GIB: i64 = 1 << 30;
+    let stage = Stage::set().await;
+    let worker = stage.streaming(json!({"slotName": "mine", "walBudget": {"maxBytes": GIB, "action": "DropSlot"}})).await;
+    assert!(stage.databases.watched.lock().unwrap().is_empty(), "the worker looks by itself");
+    worker.is_down(true);
+    stage.until("orders", "False", "WorkerUnreachable").await;
+    eventually(20, "the source is looked at", async || !stage.databases.watched.lock().unwrap().is_empty()).await;
+    let seen = stage.databases.watched.lock().unwrap().last().cloned().expect("a look");
+    assert_eq!((seen.slot.as_str(), seen.publication.is_empty()), ("mine", false));
+    assert_eq!(seen.budget, Budget { warn: None, max: Some(1 << 30), action: Action::DropSlot });
     stage.end().await;
 }
 

@@ -25,7 +25,7 @@ use sluice::connectors::postgres::Endpoint;
 use sluice::connectors::postgres::connect::Side;
 use sluice::engine::error::{Error, Result, reason};
 use sluice::operator::client::client as bounded_client;
-use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers};
+use sluice::operator::databases::{CleanedUp, Databases, Inspection, Leftovers, WatchedSlot};
 use sluice::operator::health::Health;
 use sluice::operator::metrics::Metrics;
 use sluice::operator::run::spawn_controllers;
@@ -59,6 +59,8 @@ pub struct FakeDatabases {
     pub broken: AtomicBool,
     pub dropped: Mutex<Vec<(Endpoint, Leftovers)>>,
     pub forgotten: Mutex<Vec<(String, String)>>,
+    /// Slots that were looked at in place of their workers.
+    pub watched: Mutex<Vec<WatchedSlot>>,
 }
 
 impl FakeDatabases {
@@ -85,6 +87,11 @@ impl Databases for FakeDatabases {
             Ok(CleanedUp { slot_dropped: leftovers.drop_slot, publication_dropped: leftovers.publication.is_some() })
         };
         std::future::ready(done).boxed()
+    }
+
+    fn keep_budget<'a>(&'a self, _: &'a Endpoint, slot: &'a WatchedSlot) -> BoxFuture<'a, Result<bool>> {
+        self.watched.lock().expect("no panic").push(slot.clone());
+        std::future::ready(Ok(true)).boxed()
     }
 
     fn forget_stream<'a>(&'a self, target: &'a Endpoint, slot: &'a str, _: &'a MirrorId) -> BoxFuture<'a, Result<()>> {

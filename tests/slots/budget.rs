@@ -3,6 +3,8 @@
 use crate::support::eventually;
 use crate::worker::wait_sql;
 use crate::{MIB, Pair, told, write};
+use sluice::engine::retention::{Action, Budget};
+use sluice::operator::databases::{Databases as _, Postgres, WatchedSlot};
 use sluice::worker::contract::{Desired, Status, WalBudgetSpec};
 
 fn budget(action: &str) -> impl FnOnce(&mut Desired) {
@@ -72,6 +74,23 @@ async fn the_slot_is_dropped_at_the_bound_under_a_session_that_does_not_get_on()
     write(&pair.left, 70).await;
     until_dropped(&pair).await;
     holder.batch_execute("COMMIT").await.unwrap();
+    pair.assert_level().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_drops_the_slot_of_a_worker_that_is_gone() {
+    let mut pair = Pair::streaming(15, budget("DropSlotAndResync")).await;
+    pair.worker.kill9();
+    let endpoint = pair.source.endpoint("shop");
+    let limits = Budget { warn: None, max: Some(64 * MIB), action: Action::DropSlotAndResync };
+    let slot = WatchedSlot { slot: "sluice_test".into(), publication: "sluice_test".into(), budget: limits };
+    assert!(!Postgres.keep_budget(&endpoint, &slot).await.unwrap(), "it is within its budget");
+    pair.change_rows().await;
+    write(&pair.left, 70).await;
+    assert!(Postgres.keep_budget(&endpoint, &slot).await.unwrap());
+    assert_eq!((pair.slots().await, pair.comment().await.as_deref()), (0, Some("sluice:sluice_test given up")));
+    assert!(!Postgres.keep_budget(&endpoint, &slot).await.unwrap(), "it is gone");
+    pair.worker.spawn();
     pair.assert_level().await;
 }
 

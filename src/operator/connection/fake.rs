@@ -3,7 +3,7 @@
 use crate::connectors::postgres::connect::Side;
 use crate::connectors::postgres::endpoint::{Endpoint, Secret, TlsMode};
 use crate::engine::error::{Error, Result};
-use crate::operator::databases::{CleanedUp, Databases, Inspection, Leftovers};
+use crate::operator::databases::{CleanedUp, Databases, Inspection, Leftovers, WatchedSlot};
 use crate::worker::contract::MirrorId;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -53,6 +53,10 @@ impl Databases for FakeDatabases {
 
     fn clean_up<'a>(&'a self, _: &'a Endpoint, _: &'a Leftovers) -> BoxFuture<'a, Result<CleanedUp>> {
         std::future::ready(Ok(CleanedUp::default())).boxed()
+    }
+
+    fn keep_budget<'a>(&'a self, _: &'a Endpoint, _: &'a WatchedSlot) -> BoxFuture<'a, Result<bool>> {
+        std::future::ready(Ok(false)).boxed()
     }
 
     fn forget_stream<'a>(&'a self, _: &'a Endpoint, _: &'a str, _: &'a MirrorId) -> BoxFuture<'a, Result<()>> {

@@ -160,7 +160,7 @@ impl Mirrors {
         }
     }
 
-    async fn source_endpoint(&self, mirror: &SlimMirror) -> Result<Endpoint> {
+    pub(super) async fn source_endpoint(&self, mirror: &SlimMirror) -> Result<Endpoint> {
         let source = self.caches.source(mirror);
         self.endpoint(Side::Source, plan::namespace(mirror), &mirror.spec.source_ref.name, source.as_deref()).await
     }

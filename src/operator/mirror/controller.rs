@@ -2,6 +2,7 @@
 
 use super::caches::{Caches, PodNames, inhabitants, users, waiting_for};
 use super::children::{Applied, Around, Decided};
+use super::guard;
 use super::intent::{Basis, Intent, intend};
 use super::memory::{Memory, Standing};
 use super::observe::{Observed, observe};
@@ -86,6 +87,7 @@ fn listen(shared: &mut cache::Caches, wake: &Wake<SlimMirror>, this: &Arc<Mirror
     let (this, wake) = (Arc::clone(this), wake.clone());
     shared.mirrors.on_deletion(move |gone| {
         this.memory.decisions.remove(&plan::uid(gone).to_owned());
+        this.memory.guarded.remove(&plan::uid(gone).to_owned());
         waiting_for(&known, gone).into_iter().for_each(|mirror| wake.add(mirror));
     });
 }
@@ -123,7 +125,11 @@ impl Mirrors {
         let intent = self.remember(mirror, decision, &applied);
         let behind = self.tell(mirror, &intent, &applied, &observed, around.in_effect).await;
         self.report(mirror, &intent, &applied, &observed).await?;
-        Ok(next_look(&intent, &applied, &observed, behind))
+        let watched = guard::watched(mirror, &observed);
+        if let Some(budget) = watched {
+            self.guard_source(mirror, budget).await;
+        }
+        Ok(next_look(&intent, &applied, &observed, behind, watched.is_some()))
     }
 
     async fn leave_alone(&self, mirror: &SlimMirror) -> Result<Action> {
@@ -226,11 +232,13 @@ fn document_in(mirror: &SlimMirror, config_map: Option<&ConfigMap>) -> Option<De
 }
 
 /// Watches and the poller tell of nearly everything; this is for the rest.
-fn next_look(intent: &Intent, applied: &Applied, observed: &Observed, behind: bool) -> Action {
+fn next_look(intent: &Intent, applied: &Applied, observed: &Observed, behind: bool, watched: bool) -> Action {
     let problem: Option<&Problem> = applied.refused.as_ref().or(intent.problem.as_ref());
     let settled = observed.worker.status().is_some_and(|status| status.streaming || status.error.is_some());
     requeue(if behind || applied.waits_for_turn || (applied.document.is_some() && observed.address.is_some()) {
         WAITING
+    } else if watched {
+        guard::PACE
     } else if settled || problem.is_some_and(|problem| problem.needs_human) {
         STEADY
     } else {

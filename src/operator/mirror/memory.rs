@@ -27,8 +27,13 @@ impl<K, V> Default for Recent<K, V> {
 impl<K: Eq + Hash, V: Clone> Recent<K, V> {
     /// Whether it was looked at lately.
     pub fn is_fresh(&self, key: &K) -> bool {
+        self.is_younger(key, FRESH)
+    }
+
+    /// Whether it was looked at less than `age` ago.
+    pub fn is_younger(&self, key: &K, age: Duration) -> bool {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.get(key).is_some_and(|(at, _)| at.elapsed() < FRESH)
+        seen.get(key).is_some_and(|(at, _)| at.elapsed() < age)
     }
 
     /// Notes what was seen now.
@@ -66,6 +71,8 @@ pub struct Memory {
     pub policies: Recent<String, Option<String>>,
     /// What was decided for a Mirror, by its uid.
     pub decisions: Recent<String, Standing>,
+    /// Mirrors, by uid, whose source was looked at in place of the worker.
+    pub guarded: Recent<String, ()>,
     /// Workers that move to a new release.
     pub rollouts: Rollouts,
 }
