@@ -269,6 +269,12 @@ pub(super) mod tests {
                 foreign_keys: true,
             }
         );
+        assert_eq!(valid.wal_budget, None);
+        let limits = json!({"tables": [{"name": "users"}], "walBudget": {"maxBytes": 1 << 30, "action": "DropSlotAndResync"}});
+        let budget = check(limits).expect("valid").wal_budget.expect("a budget");
+        assert_eq!((budget.warn_bytes, budget.max_bytes), (None, Some(1 << 30)));
+        let known = crate::worker::plan::budget(Some(&budget)).expect("a worker knows it");
+        assert_eq!(known.action, crate::engine::retention::Action::DropSlotAndResync);
         assert_eq!(
             valid.stream,
             StreamSpec {
