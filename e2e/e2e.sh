@@ -166,6 +166,20 @@ suspend_holds_and_resume_goes_on() {
   streams_on
   expect "worker (uid, restarts)" "$(worker_identity)" "$worker"
 }
+# Wrong rows go, the worker stays, and the Mirror is ready all the time.
+request_state() { mirror_field $MIRROR .status.request.state; }
+has_succeeded() { [ "$(request_state)" = Succeeded ]; }
+a_table_is_copied_again() {
+  local worker
+  worker=$(worker_identity)
+  target_sql 'INSERT INTO orders SELECT -id, customer_id, status, total, weight, placed_at, due FROM orders ORDER BY id LIMIT 100'
+  kubectl patch mirror $MIRROR -n shop --type merge -p '{"spec": {"request": {"id": "e2e-1", "action": "Resync", "tables": ["public.orders"]}}}'
+  wait_until 180 "the request has succeeded" has_succeeded
+  expect "Ready" "$(mirror_condition $MIRROR Ready)" True
+  expect "orders that are not in the shop" "$(target_sql 'SELECT count(*) FROM orders WHERE id < 0')" 0
+  streams_on
+  expect "worker (uid, restarts)" "$(worker_identity)" "$worker"
+}
 # The old password must be of no use any more: sessions are ended, so that the worker has to sign in again.
 password_is_rotated() {
   local worker side end="SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'sluice'"
@@ -302,6 +316,7 @@ main() {
   check "after five kills every row is equal" contents_are_equal
   check "writers write again" start_writer
   check "suspend holds, resume goes on, no restart" suspend_holds_and_resume_goes_on
+  check "a table is copied again by request, no restart" a_table_is_copied_again
   check "a rotated password leads to a reconnect, no restart" password_is_rotated
   check "helm upgrade to another image and template restarts no worker" upgrade_restarts_no_worker
   check "a change of resources restarts it once, with the new image" new_resources_restart_once_with_the_new_image

@@ -133,7 +133,7 @@ fn a_new_object_is_not_settled() {
 #[test]
 fn what_git_leaves_out_has_no_default() {
     let all = all_nodes();
-    for path in ["Mirror.spec.suspend", "Mirror.spec.deletionProtection", "Source.spec.deletionProtection"] {
+    for path in ["Mirror.spec.suspend", "Mirror.spec.request", "Mirror.spec.deletionProtection", "Source.spec.deletionProtection"] {
         let (_, node) = all.iter().find(|(found, _)| found == path).expect(path);
         assert!(node["default"].is_null(), "{path}: a default would make whoever creates the object its owner");
     }
@@ -289,6 +289,28 @@ fn identity_is_immutable() {
     }
     let moved = with(source(), "/spec/host", json!("standby"));
     assert!(read::<Source>(&moved).validate_cel_update(&read(&source())).is_ok(), "a failover changes the host");
+}
+
+#[test]
+fn a_request_is_another_one_only_under_another_id() {
+    let asked = |request: Value| with(mirror(), "/spec/request", request);
+    let first = asked(json!({"id": "a", "action": "Resync", "tables": ["public.users"]}));
+    assert_eq!(mirror_rules(&first), Ok(()));
+    assert_eq!(mirror_update(&mirror(), &first), Ok(()));
+    assert_eq!(mirror_update(&first, &mirror()), Ok(()), "taking it out does nothing");
+    assert_eq!(mirror_update(&first, &with(first.clone(), "/spec/suspend", json!(true))), Ok(()));
+    for changed in [json!({"id": "a", "action": "Resync"}), json!({"id": "a", "action": "Retry"})] {
+        refused(mirror_update(&first, &asked(changed)), "a request cannot be changed: give it another id");
+    }
+    assert_eq!(mirror_update(&first, &asked(json!({"id": "b", "action": "Cancel"}))), Ok(()));
+    for action in ["Retry", "Cancel"] {
+        refused(
+            mirror_rules(&asked(json!({"id": "a", "action": action, "tables": ["users"]}))),
+            "tables goes with Resync and ResetSequences",
+        );
+    }
+    let (_, action) = all_nodes().into_iter().find(|(path, _)| path == "Mirror.spec.request.action").expect("the action");
+    assert_eq!(action["enum"], json!(["Retry", "Resync", "ResetSequences", "Cancel"]), "only what works");
 }
 
 #[test]

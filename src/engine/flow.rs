@@ -10,10 +10,11 @@ use super::handover::Handover;
 use super::pending::{Pending, copy_beside};
 use super::progress::{Phase, Progress};
 use super::register::Register as _;
+use super::request::{Request, attend::attend, take::Stage, take::take, wants_all};
 use super::resume::{Switch, resume};
 use super::retention::{self, Action, Budget};
 use super::retry::Backoff;
-use super::roles::{Apply, BatchLimits, Checkpoint, Claim, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
+use super::roles::{Apply, BatchLimits, Claim, Claimed, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
 use super::startup::{Facts, Start, check_mapping, decide};
 use super::stream::follow;
 use super::structure::{IndexRole, Structure};
@@ -38,6 +39,8 @@ pub struct StreamConfig {
     pub snapshot: SnapshotConfig,
     /// Limits of one batch.
     pub limits: BatchLimits,
+    /// What people ask for.
+    pub request: Option<Request>,
     /// How much log the source may keep for the stream.
     pub budget: Budget,
 }
@@ -151,6 +154,7 @@ where
         ended = Box::pin(follow(&**source, ready, config.limits, progress, &end, &related)) => ended,
         error = Box::pin(copy_beside(&job, &pending, copies, &end.finish)) => Err(error),
         never = relate(&**target, &claim, &tables, progress, &related) => match never {},
+        never = attend(&**target, &claim, progress) => match never {},
     }
 }
 
@@ -226,20 +230,26 @@ where
     };
     // A claim is never dropped halfway.
     let (claimed, mapped) = future::join(claim, mapped).await;
-    let (claimed, mut applier) = claimed?;
+    let (mut claimed, mut applier) = claimed?;
+    progress.set_requests(claimed.requests.clone());
     let (tables, fed) = mapped?;
     let checkpoint = claimed.checkpoint.as_ref();
     progress.set_claim(claimed.claim.epoch, applier.mode(), checkpoint);
     let start = async {
         // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before
         // the source is taken, so it is looked at once more.
-        begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await?;
+        begin(&**source, &identity.timeline, config, &claimed).await?;
         source.take(&mut applier).await?;
-        begin(&**source, &identity.timeline, config, checkpoint, claimed.log_intended).await
+        begin(&**source, &identity.timeline, config, &claimed).await
     };
     let (notes, start) = future::join(target.check(&identity, &tables, &fed), start).await;
     progress.add_notes(notes?);
+    let stage = Stage { source: &**source, tables: &tables, wanted: config.request.as_ref(), may_copy: config.snapshot.enabled };
+    let start = Box::pin(take(stage, &mut applier, &mut claimed, start)).await;
+    progress.set_requests(claimed.requests.clone());
     let start = start?;
+    progress.has_taken_requests();
+    let checkpoint = claimed.checkpoint.as_ref();
     progress.set_phase(Phase::SettingUp);
     let job = CopyJob { source, target, claim: &claimed.claim, config: &config.snapshot, progress };
     let mut pending = Pending::default();
@@ -258,6 +268,7 @@ where
             }
             following(&position, tables.iter().map(|table| (table, None)))
         }
+        Start::Anew { .. } => return Err(Error::bug("a stream that begins anew begins fresh")),
         Start::Resume { position, left_at } => {
             // `begin` resumes only from a checkpoint.
             let checkpoint = checkpoint.ok_or_else(|| Error::bug("a stream without checkpoint was resumed"))?;
@@ -317,13 +328,8 @@ fn check_targets(tables: &[MappedTable]) -> Result<()> {
     Ok(())
 }
 
-async fn begin<S: Source>(
-    source: &S,
-    timeline: &i64,
-    config: &StreamConfig,
-    checkpoint: Option<&Checkpoint<S::Position>>,
-    log_intended: bool,
-) -> Result<Start<S::Position>> {
+async fn begin<S: Source>(source: &S, timeline: &i64, config: &StreamConfig, claimed: &Claimed<S::Position>) -> Result<Start<S::Position>> {
+    let checkpoint = claimed.checkpoint.as_ref();
     let log = source.log_state().await?;
     let given_up = checkpoint.is_some() && log.is_none() && source.given_up().await?;
     let left_at = match checkpoint {
@@ -333,7 +339,7 @@ async fn begin<S: Source>(
     let start_position = parse_start(config.snapshot.start_position.as_deref())?;
     let facts = Facts {
         checkpoint,
-        log_intended,
+        log_intended: claimed.log_intended,
         log: log.as_ref(),
         given_up,
         copies_again: config.budget.action == Action::DropSlotAndResync,
@@ -341,6 +347,7 @@ async fn begin<S: Source>(
         left_at: left_at.as_ref(),
         snapshot: config.snapshot.enabled,
         start_position: start_position.as_ref(),
+        wants_all: wants_all(config.request.as_ref(), &claimed.requests),
     };
     decide(&config.slot, &facts)
 }

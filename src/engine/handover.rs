@@ -39,8 +39,8 @@ pub struct Handover<P> {
 }
 
 /// The earlier one of two positions of one log.
-fn earlier<P: Position>(one: P, other: &P) -> P {
-    if *other < one { other.clone() } else { one }
+pub(super) fn earlier<P: Position>(one: P, other: P) -> P {
+    if other < one { other } else { one }
 }
 
 impl<P: Position> Handover<P> {
@@ -105,12 +105,12 @@ impl<P: Position> Handover<P> {
 
     /// From where the log must be read.
     pub fn start(&self) -> P {
-        self.catching_up().fold(self.checkpoint.clone(), |start, (_, own)| earlier(start, &own.right_up_to))
+        self.catching_up().fold(self.checkpoint.clone(), |start, (_, own)| earlier(start, own.right_up_to.clone()))
     }
 
     /// What may be confirmed when the checkpoint `durable` is on disk: nothing that a table still needs.
     pub fn confirmable(&self, durable: P) -> P {
-        self.catching_up().map(|(_, own)| &own.hold).chain(&self.hold).fold(durable, earlier)
+        self.catching_up().map(|(_, own)| &own.hold).chain(&self.hold).cloned().fold(durable, earlier)
     }
 
     /// Whether the change at `index` of a part is due.

@@ -24,6 +24,7 @@ mod pending;
 pub mod position;
 pub mod progress;
 pub mod register;
+pub mod request;
 mod resume;
 pub mod retention;
 pub mod retry;

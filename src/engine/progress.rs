@@ -2,6 +2,7 @@
 
 use super::latency::Latency;
 use super::position::Position;
+use super::request::{Request, RequestRecord, next};
 use super::retention::Retention;
 use super::roles::{Applied, ApplyMode, Checkpoint, LogLoad};
 use super::table::{QualifiedName, TableState};
@@ -79,6 +80,8 @@ pub struct View {
     pub load: LogLoad,
     /// What the source keeps for the stream, as it was seen last.
     pub retention: Option<Retention>,
+    /// What is recorded of requests, the newest first; `None` before a claim has read it.
+    pub requests: Option<Vec<RequestRecord>>,
 }
 
 #[derive(Debug, Default)]
@@ -90,6 +93,8 @@ struct State {
     /// What stays as it is until somebody changes something.
     notes: Vec<String>,
     last_commit: Option<SystemTime>,
+    /// The session has taken what it could of requests.
+    has_taken_requests: bool,
     rolled_back: Option<RolledBack>,
 }
 
@@ -181,6 +186,7 @@ impl Progress {
             applied: old.view.applied,
             confirmed: old.view.confirmed,
             retention: old.view.retention,
+            requests: old.view.requests,
             ..View::default()
         };
         state.tables = old.tables;
@@ -237,6 +243,29 @@ impl Progress {
         // What a lost session had written and not committed comes again.
         state.view.rows_streamed = checkpoint.map_or(0, |checkpoint| checkpoint.rows_streamed);
         state.view.rows_copied = checkpoint.map_or(0, Checkpoint::rows_copied);
+    }
+
+    /// Shows what is recorded of requests.
+    pub(super) fn set_requests(&self, records: Vec<RequestRecord>) {
+        self.state().view.requests = Some(records);
+    }
+
+    /// From now on a request waits for the next session.
+    pub(super) fn has_taken_requests(&self) {
+        self.state().has_taken_requests = true;
+    }
+
+    /// Whether a request could be taken if a session began. `in_session`: by the next one only, since the present one has passed the
+    /// moment.
+    #[must_use]
+    pub fn could_take(&self, wanted: Option<&Request>, in_session: bool) -> bool {
+        let state = self.state();
+        (!in_session || state.has_taken_requests) && next(wanted, state.view.requests.as_deref().unwrap_or_default()).is_some()
+    }
+
+    /// State of each table.
+    pub(super) fn table_states(&self) -> BTreeMap<QualifiedName, TableState> {
+        self.state().tables.clone()
     }
 
     pub(super) fn set_waiting(&self, waiting: Option<String>) {

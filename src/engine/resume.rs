@@ -4,7 +4,7 @@
 use super::copy::CopyJob;
 use super::error::{Error, Result, reason};
 use super::flow::{following, join};
-use super::handover::Handover;
+use super::handover::{Handover, earlier};
 use super::pending::{Pending, copy_pending};
 use super::position::Position;
 use super::progress::Progress;
@@ -118,7 +118,8 @@ where
     report_known(job.progress, &sorted);
     for table in &sorted.left {
         applier.set_state(table, TableState::Error, None).await?;
-        job.progress.table_failed(table.source(), left_publication());
+        let told = checkpoint.tables.get(table.source()).and_then(|known| known.error.clone());
+        job.progress.table_failed(table.source(), told.unwrap_or_else(left_publication));
     }
     job.progress.set_copied(sorted.rows_copied);
     let mut handover = following(&position, sorted.followed.iter().cloned());
@@ -137,13 +138,15 @@ where
         join(applier, tables, &mut handover).await?;
         return Ok((handover, Pending::default()));
     }
-    handover.hold(pending.hold(position));
+    // A table whose copy has not begun may be wanted back as it was.
+    let untouched = pending.to_copy.iter().filter_map(|table| checkpoint.tables.get(table.source())?.position.clone());
+    handover.hold(untouched.fold(pending.hold(position), earlier));
     Ok((handover, pending))
 }
 
 pub(super) fn left_publication() -> String {
     format!(
-        "{}: the table was taken out of the publication, so changes are gone; take it out of the Mirror and add it again for a new copy",
+        "{}: the table was taken out of the publication, so changes are gone: set spec.request to a Resync of it",
         reason::LEFT_PUBLICATION
     )
 }

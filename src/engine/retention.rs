@@ -3,6 +3,7 @@
 
 use super::error::{Error, reason};
 use super::progress::Progress;
+use super::request::WAY_OUT;
 use super::roles::{Notice, Source};
 use std::time::Duration;
 use tokio::time::sleep;
@@ -91,9 +92,8 @@ impl Retention {
     #[must_use]
     pub fn notice(&self, slot: &str, budget: &Budget) -> Option<Notice> {
         if let Some(Lost { reason, cause }) = &self.lost {
-            let message = format!(
-                "the source has invalidated slot {slot} ({cause}): changes are gone, the tables need a new copy; delete the Mirror and create it again, with snapshot.existingRows: Truncate"
-            );
+            let message =
+                format!("the source has invalidated slot {slot} ({cause}): changes are gone, the tables need a new copy: {WAY_OUT}");
             return Some(Notice { reason, message });
         }
         if self.given_up && !self.exists {
@@ -122,7 +122,7 @@ impl Retention {
 /// The slot is gone by the user's own word, and nothing says to go on.
 pub(super) fn given_up(slot: &str) -> String {
     format!(
-        "slot {slot} was dropped at walBudget.maxBytes, and with it changes: the tables need a new copy; set walBudget.action to DropSlotAndResync, or delete the Mirror and create it again, with snapshot.existingRows: Truncate"
+        "slot {slot} was dropped at walBudget.maxBytes, and with it changes: the tables need a new copy; set walBudget.action to DropSlotAndResync, or {WAY_OUT}"
     )
 }
 

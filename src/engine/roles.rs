@@ -4,6 +4,7 @@ use super::batch::Part;
 use super::error::{Error, Result};
 use super::position::Position;
 use super::register::{Reached, Register};
+use super::request::{RequestChange, RequestRecord, RequestState};
 use super::retention::{Lost, Retention};
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
@@ -326,6 +327,8 @@ pub struct TableCheckpoint<P> {
     pub rows_copied: i64,
     /// Encoded column names and types, to see that a table has changed while nobody looked.
     pub columns: String,
+    /// Why it is in state `Error`, when that is not seen otherwise.
+    pub error: Option<String>,
 }
 
 impl<P> TableCheckpoint<P> {
@@ -381,6 +384,8 @@ pub struct Claimed<P> {
     pub checkpoint: Option<Checkpoint<P>>,
     /// This stream was about to make its slot when it ended: a slot without a checkpoint is its own and holds nothing.
     pub log_intended: bool,
+    /// What is recorded of requests, the newest first.
+    pub requests: Vec<RequestRecord>,
 }
 
 /// How changes are written, shown in status.
@@ -475,6 +480,22 @@ pub trait Target: Send + Sync + 'static {
     /// Makes foreign keys between these tables while the stream goes on; each of them is at the stream's checkpoint. Returns
     /// what is not made and why, for people. Safe to repeat.
     fn relate(&self, claim: &Claim, tables: &[MappedTable], tell: Tell<'_>) -> impl Future<Output = Result<Vec<String>>> + Send;
+
+    /// Writes that a request is over, while the stream goes on. Returns all records, the newest first. Safe to repeat.
+    fn end_request(
+        &self,
+        _claim: &Claim,
+        _id: &str,
+        _state: RequestState,
+        _message: &str,
+    ) -> impl Future<Output = Result<Vec<RequestRecord>>> + Send {
+        std::future::ready(Err(no_requests()))
+    }
+}
+
+/// The answer of a target that has no place for records of requests.
+fn no_requests() -> Error {
+    Error::bug("this target keeps no records of requests")
 }
 
 /// The holder of a claim.
@@ -504,6 +525,12 @@ pub trait Apply: Proof + Register + 'static {
 
     /// Writes the timeline that the source is on now, after a failover that kept everything.
     fn set_timeline(&mut self, timeline: i64) -> impl Future<Output = Result<()>> + Send;
+
+    /// Records what is decided about requests and does what goes with it, in one transaction. Returns all records, the newest
+    /// first.
+    fn record(&mut self, _change: &RequestChange<'_, Self::Position>) -> impl Future<Output = Result<Vec<RequestRecord>>> + Send {
+        std::future::ready(Err(no_requests()))
+    }
 
     /// Forgets tables that are no longer mapped; their rows stay.
     fn forget(&mut self, tables: &[QualifiedName]) -> impl Future<Output = Result<()>> + Send;

@@ -4,6 +4,7 @@
 
 use super::error::{Error, Result, reason};
 use super::position::Position;
+use super::request::WAY_OUT;
 use super::retention;
 use super::roles::{Checkpoint, LogState, Selection, TableCheckpoint};
 use std::collections::HashMap;
@@ -20,6 +21,13 @@ pub enum Start<P> {
     Again,
     /// The target equals the source at this position, by the user's word: no copy.
     From(P),
+    /// All tables are to be copied again, and what the target holds is of no use for it: as if nothing were there.
+    Anew {
+        /// What is gone, for people.
+        why: String,
+        /// The old slot is still there, and is dropped.
+        slot_exists: bool,
+    },
     /// Go on after the checkpoint.
     Resume {
         /// The checkpoint's position.
@@ -50,6 +58,8 @@ pub struct Facts<'a, P> {
     pub snapshot: bool,
     /// Without a copy: where the target stands.
     pub start_position: Option<&'a P>,
+    /// All tables are to be copied again, by request.
+    pub wants_all: bool,
 }
 
 /// Decides how a stream begins.
@@ -57,8 +67,28 @@ pub struct Facts<'a, P> {
 /// # Errors
 /// Class `Stop` with a reason for every case that may not be continued.
 pub fn decide<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>> {
-    if let Some(lost) = facts.log.and_then(|log| log.lost.as_ref()) {
-        let message = format!("the source has invalidated slot {slot} ({}): changes are gone, the tables need a new copy", lost.cause);
+    match judge(slot, facts) {
+        Err(error) if facts.wants_all && facts.snapshot && facts.checkpoint.is_some() && is_gone(error.reason) => {
+            Ok(Start::Anew { why: error.to_string(), slot_exists: facts.log.is_some() })
+        }
+        Ok(Start::Again) if facts.wants_all => Ok(Start::Anew { why: retention::given_up(slot), slot_exists: false }),
+        other => other,
+    }
+}
+
+/// Nothing that the target holds can be continued.
+fn is_gone(why: &str) -> bool {
+    const CHANGES_GONE: [&str; 4] =
+        [reason::CHECKPOINT_WITHOUT_SLOT, reason::CHECKPOINT_BEHIND_SLOT, reason::TIMELINE_DIVERGED, reason::SLOT_GIVEN_UP];
+    CHANGES_GONE.contains(&why) || reason::LOST_SLOTS.contains(&why)
+}
+
+fn judge<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>> {
+    // One that is to be dropped in any case.
+    let is_unfinished = facts.checkpoint.is_none() && facts.snapshot && facts.log_intended;
+    if let Some(lost) = facts.log.and_then(|log| log.lost.as_ref()).filter(|_| !is_unfinished) {
+        let message =
+            format!("the source has invalidated slot {slot} ({}): changes are gone, the tables need a new copy: {WAY_OUT}", lost.cause);
         return Err(Error::stop(lost.reason, message));
     }
     match (facts.checkpoint, facts.log) {
@@ -67,7 +97,7 @@ pub fn decide<P: Position>(slot: &str, facts: &Facts<'_, P>) -> Result<Start<P>>
         (Some(checkpoint), None) => Err(Error::stop(
             reason::CHECKPOINT_WITHOUT_SLOT,
             format!(
-                "the target holds a checkpoint at {} but slot {slot} is not on the source: changes after it may be gone, the tables need a new copy",
+                "the target holds a checkpoint at {} but slot {slot} is not on the source: changes after it may be gone, the tables need a new copy: {WAY_OUT}",
                 checkpoint.position
             ),
         )),
@@ -95,7 +125,7 @@ fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint
         return Err(Error::stop(
             reason::CHECKPOINT_BEHIND_SLOT,
             format!(
-                "slot {slot} was confirmed up to {} but the target only holds {position}: the changes between are gone, the tables need a new copy",
+                "slot {slot} was confirmed up to {} but the target only holds {position}: the changes between are gone, the tables need a new copy: {WAY_OUT}",
                 log.confirmed
             ),
         ));
@@ -107,7 +137,7 @@ fn resume<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &Checkpoint
         Error::stop(
             reason::TIMELINE_DIVERGED,
             format!(
-                "the target holds {position} of timeline {}, which is not in the history of the source's timeline {}: the tables need a new copy",
+                "the target holds {position} of timeline {}, which is not in the history of the source's timeline {}: the tables need a new copy: {WAY_OUT}",
                 checkpoint.timeline, facts.timeline
             ),
         )
@@ -125,7 +155,7 @@ fn after_giving_up<P: Position>(slot: &str, facts: &Facts<'_, P>, checkpoint: &C
     }
     if !followed {
         let message = format!(
-            "slot {slot} was dropped at walBudget.maxBytes before all tables were copied; a new copy would end likewise: raise maxBytes, then delete the Mirror and create it again, with snapshot.existingRows: Truncate"
+            "slot {slot} was dropped at walBudget.maxBytes before all tables were copied; a new copy would end likewise: raise maxBytes, then {WAY_OUT}"
         );
         return Err(Error::stop(reason::SLOT_GIVEN_UP, message));
     }
@@ -197,6 +227,7 @@ mod tests {
             left_at: None,
             snapshot: true,
             start_position: None,
+            wants_all: false,
         }
     }
 
@@ -258,6 +289,7 @@ mod tests {
             position: None,
             rows_copied: 0,
             columns: String::new(),
+            error: None,
         };
         let mut held = checkpoint(10, 1);
         let decided = |held: &Checkpoint<Pos>, copies_again, snapshot| {
@@ -269,11 +301,35 @@ mod tests {
         held.tables.insert(QualifiedName::new("s", "t"), table(TableState::Ready));
         assert_eq!(decided(&held, true, true), Ok(Start::Again));
         assert_eq!(decided(&held, false, true), Err(reason::SLOT_GIVEN_UP));
+        for copies_again in [false, true] {
+            let facts = Facts { given_up: true, copies_again, wants_all: true, ..facts(Some(&held), None) };
+            assert!(matches!(decide("s", &facts), Ok(Start::Anew { slot_exists: false, .. })));
+        }
         assert_eq!(decided(&held, true, false), Err(reason::SLOT_GIVEN_UP));
         // A slot that is there is gone on with, whatever mark was left.
         let log = slot(5);
         let facts = Facts { given_up: true, copies_again: true, ..facts(Some(&held), Some(&log)) };
         assert_eq!(decide("s", &facts).unwrap(), Start::Resume { position: Pos(10), left_at: None });
+    }
+
+    #[test]
+    fn what_is_gone_is_made_anew_only_when_all_tables_are_to_be_copied_again() {
+        let (held, log) =
+            (checkpoint(10, 1), LogState { lost: Some(retention::Lost { reason: reason::SLOT_LOST, cause: "c".into() }), ..slot(5) });
+        let (behind, healthy) = (slot(11), slot(5));
+        for (log, timeline) in [(Some(&log), 1), (None, 1), (Some(&behind), 1), (Some(&healthy), 2)] {
+            let mut facts = Facts { timeline, ..facts(Some(&held), log) };
+            refused(&facts);
+            facts.wants_all = true;
+            let start = decide("s", &facts).unwrap();
+            assert!(matches!(start, Start::Anew { slot_exists, .. } if slot_exists == log.is_some()), "{start:?}");
+            facts.snapshot = false;
+            refused(&facts);
+        }
+        let wanted = Facts { wants_all: true, ..facts(Some(&held), Some(&healthy)) };
+        assert_eq!(decide("s", &wanted).unwrap(), Start::Resume { position: Pos(10), left_at: None }, "a healthy slot is kept");
+        let unfinished = Facts { log_intended: true, ..facts(None, Some(&log)) };
+        assert_eq!(decide("s", &unfinished).unwrap(), Start::Fresh { drop_unfinished: true }, "it has been decided");
     }
 
     #[test]

@@ -77,6 +77,8 @@ enum Key {
         copied: bool,
         streaming: bool,
         tables: BTreeMap<String, u32>,
+        /// Id and state of each request.
+        requests: Vec<(String, String)>,
     },
     Fails(&'static str),
 }
@@ -257,6 +259,7 @@ fn digest(polled: &Polled) -> (Option<Key>, Numbers) {
             copied: status.snapshot_completed,
             streaming: status.streaming,
             tables: status.tables.clone(),
+            requests: status.requests.iter().flatten().map(|request| (request.id.clone(), request.state.clone())).collect(),
         }),
     };
     (key, numbers.unwrap_or_default())
@@ -283,7 +286,8 @@ fn interval(polled: &Polled, count: usize, random: f64) -> Duration {
         // An unreachable worker is asked often at first; its pod's events wake the Mirror anyway.
         (Some(failure), _) => failure.count <= 10,
         (None, Some((status, _))) => {
-            matches!(status.phase, Phase::Starting | Phase::SettingUp | Phase::Copying | Phase::CatchingUp | Phase::Retrying)
+            let is_asked = status.requests.iter().flatten().any(|request| request.finished_at.is_none());
+            is_asked || matches!(status.phase, Phase::Starting | Phase::SettingUp | Phase::Copying | Phase::CatchingUp | Phase::Retrying)
         }
         (None, None) => true,
     };
@@ -331,7 +335,7 @@ pub async fn run(handle: PollerHandle, client: WorkerClient, metrics: Metrics, s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::contract::{Failure, Notice};
+    use crate::worker::contract::{Failure, Notice, RequestReport};
 
     fn status(phase: Phase) -> Status {
         serde_json::from_value(serde_json::json!({
@@ -363,7 +367,7 @@ mod tests {
         let told = Some((&before, &none, Duration::ZERO));
         assert_eq!(decide(None, &before, &none, 1), Wake::Transition, "the first answer");
         assert_eq!(decide(told, &before, &none, 1), Wake::No);
-        let changes: [fn(&mut Status); 8] = [
+        let changes: [fn(&mut Status); 9] = [
             |status| status.phase = Phase::CatchingUp,
             |status| {
                 status.error = Some(Failure {
@@ -380,6 +384,17 @@ mod tests {
             |status| status.snapshot_completed = true,
             |status| status.streaming = true,
             |status| status.tables = [("Ready".to_owned(), 1)].into(),
+            |status| {
+                status.requests = Some(vec![RequestReport {
+                    id: "r".into(),
+                    action: "Retry".into(),
+                    is_full_resync: false,
+                    state: "Running".into(),
+                    started_at: String::new(),
+                    finished_at: None,
+                    message: String::new(),
+                }]);
+            },
         ];
         for (number, change) in changes.iter().enumerate() {
             let mut after = status(Phase::Copying);

@@ -43,8 +43,19 @@ pub struct SlimMirrorSpec {
     /// Stop the stream and keep its position.
     #[serde(default)]
     pub suspend: bool,
+    /// A one-off action, without its tables.
+    pub request: Option<SlimRequest>,
     /// The pod that does the work.
     pub worker: Option<Worker>,
+}
+
+/// What is read of a request.
+#[derive(Clone, Debug, Deserialize)]
+pub struct SlimRequest {
+    /// Its id.
+    pub id: String,
+    /// What is to be done.
+    pub action: String,
 }
 
 /// What is read of a Pod: 31 MiB for ten thousand of them instead of 585. Never written back.

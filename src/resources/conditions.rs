@@ -79,6 +79,11 @@ pub mod reason {
         CLEANUP_FAILED = "CleanupFailed", "Slot or publication could not be dropped yet.";
         CLEANUP_SKIPPED = "CleanupSkipped", "Deletion was forced; what was left stands in the message.";
         SLOT_ORPHANED = "SlotOrphaned", "Clean-up was given up; a slot was left on the source.";
+        REQUEST_TAKEN = "RequestTaken", "A worker has taken `spec.request`.";
+        REQUEST_SUCCEEDED = "RequestSucceeded", "A request is done.";
+        REQUEST_FAILED = "RequestFailed", "A request was not done; the message says why.";
+        REQUEST_CANCELLED = "RequestCancelled", "A request was ended by `Cancel`.";
+        REQUEST_SKIPPED = "RequestSkipped", "A request was there before the first copy: nothing to do.";
         RECONCILIATION_PAUSED = "ReconciliationPaused", "The pause annotation keeps the operator's hands off.";
     }
 }

@@ -2,6 +2,7 @@
 
 use super::common::{LocalRef, Reclaim};
 use super::mirror_status::MirrorStatus;
+use crate::engine::request::Action;
 use k8s_openapi::api::core::v1::Toleration;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -257,6 +258,50 @@ pub enum UpdatePolicy {
     Immediate,
 }
 
+/// A one-off action, done once per id.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.tables) || self.action in ['Resync', 'ResetSequences']").message("tables goes with Resync and ResetSequences").field_path(".tables"))]
+pub struct Request {
+    /// Chosen by you, for example a date. Another id is another request; one that was used is not done again.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[A-Za-z0-9]([-A-Za-z0-9._]*[A-Za-z0-9])?$"))]
+    pub id: String,
+    /// What is to be done.
+    pub action: RequestAction,
+    /// Tables of the source as `schema.name`, or `name` in schema public; all when absent.
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    #[schemars(length(min = 1, max = 1000), inner(length(min = 1, max = 127)))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<String>,
+}
+
+/// What can be asked for.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema)]
+pub enum RequestAction {
+    /// Try again at once, whatever pause there is after a failure. Slot and position are kept.
+    Retry,
+    /// Empty the target tables and copy them again. Without tables also the way out when the slot is lost: it is made anew.
+    Resync,
+    /// Set sequences of the target to the source's present values.
+    ResetSequences,
+    /// End the request before it.
+    Cancel,
+}
+
+impl RequestAction {
+    /// The word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        let action = match self {
+            Self::Retry => Action::Retry,
+            Self::Resync => Action::Resync,
+            Self::ResetSequences => Action::ResetSequences,
+            Self::Cancel => Action::Cancel,
+        };
+        action.as_str()
+    }
+}
+
 /// Keeps tables of a target identical to those of a source.
 #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -270,6 +315,7 @@ pub enum UpdatePolicy {
     printcolumn(name = "Lag", type_ = "string", json_path = ".status.lag"),
     printcolumn(name = "Position", type_ = "string", json_path = ".status.position.applied", priority = 1),
     printcolumn(name = "Retained", type_ = "string", json_path = ".status.retention.summary", priority = 1),
+    printcolumn(name = "Request", type_ = "string", json_path = ".status.request.state", priority = 1),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     selectable = ".spec.sourceRef.name", selectable = ".spec.targetRef.name",
@@ -281,6 +327,7 @@ pub enum UpdatePolicy {
 #[x_kube(validation = Rule::new("self.targetRef == oldSelf.targetRef").message("targetRef cannot be changed").field_path(".targetRef"))]
 #[x_kube(validation = Rule::new("has(self.slotName) == has(oldSelf.slotName) && (!has(self.slotName) || self.slotName == oldSelf.slotName)").message("slotName cannot be changed"))]
 #[x_kube(validation = Rule::new("has(self.publicationName) == has(oldSelf.publicationName) && (!has(self.publicationName) || self.publicationName == oldSelf.publicationName)").message("publicationName cannot be changed"))]
+#[x_kube(validation = Rule::new("!has(self.request) || !has(oldSelf.request) || self.request.id != oldSelf.request.id || self.request == oldSelf.request").message("a request cannot be changed: give it another id").field_path(".request"))]
 pub struct MirrorSpec {
     /// Source in the same namespace.
     pub source_ref: LocalRef,
@@ -319,6 +366,9 @@ pub struct MirrorSpec {
     /// Stop the stream and keep its position. No CRD default on purpose: a defaulted field is owned by whoever creates the object.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub suspend: bool,
+    /// A one-off action. It is done once per id; taking it out does nothing. No CRD default on purpose, as with `suspend`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<Request>,
     /// Refuse deletion of this Mirror (enforced by a ValidatingAdmissionPolicy).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deletion_protection: bool,

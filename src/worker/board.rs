@@ -1,19 +1,23 @@
 //! What the worker knows about itself, shared by the loop that writes it and the HTTP server that shows it.
 
-use super::contract::{Desired, Failure, Notice, Phase, Retention, Status, VERSION};
+use super::contract::{Desired, Failure, Notice, Phase, RequestReport, Retention, Status, VERSION};
 use super::credentials::Redactor;
 use super::plan::budget;
 use super::supervise::State;
 use crate::engine::error::{Class, Error, reason};
 use crate::engine::progress::{self, Progress, View};
+use crate::engine::request::RequestRecord;
 use crate::engine::retention;
 use crate::engine::roles::{self, LogLoad};
+use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Tables in state Error that a status document names.
 const TABLE_ERRORS: usize = 20;
+/// Requests that a status document tells of.
+const REQUESTS: usize = 11;
 /// The event loop turns at least once a second; when it has not for so long, the process is of no use any more.
 const HEARTBEAT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -171,6 +175,7 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     let (log_memory_bytes, log_memory_limit_bytes) = (bytes(|load| load.memory), bytes(|load| load.memory_limit));
     let (spill_bytes, spill_limit_bytes) = (bytes(|load| load.spilled), bytes(|load| load.spill_limit));
     let table_errors = view.table_errors.into_iter().take(TABLE_ERRORS);
+    let requests = view.requests.map(|records| requests(&records, desired, &clean));
     Status {
         contract: VERSION,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -202,6 +207,7 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         spill_limit_bytes,
         retention,
         notice,
+        requests,
         error: failure(facts),
     }
 }
@@ -222,6 +228,22 @@ fn milliseconds(latency: Duration) -> u64 {
 
 fn notice(notice: &roles::Notice) -> Notice {
     Notice { reason: notice.reason.to_owned(), message: notice.message.clone() }
+}
+
+fn requests(records: &[RequestRecord], desired: &Desired, clean: &dyn Fn(String) -> String) -> Vec<RequestReport> {
+    let is_asked = |record: &RequestRecord| desired.request.as_ref().is_some_and(|asked| asked.id == record.id);
+    let shown = records.iter().enumerate().filter(|(number, record)| *number < REQUESTS || is_asked(record));
+    let time = |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
+    let report = |record: &RequestRecord| RequestReport {
+        id: record.id.clone(),
+        action: record.action.clone(),
+        is_full_resync: record.is_full_resync(),
+        state: record.state.as_str().to_owned(),
+        started_at: time(record.started_at),
+        finished_at: record.finished_at.map(time),
+        message: clean(record.message.clone()),
+    };
+    shown.map(|(_, record)| report(record)).collect()
 }
 
 /// A session's failure comes first; a document that is not taken is told when nothing else is wrong.

@@ -86,10 +86,10 @@ pub fn judge(current: Option<&Desired>, offered: &Desired) -> Verdict {
 }
 
 /// Whether a session that runs for `old` must begin again for `new`. Generation, keys and `suspend` are no part of a
-/// session; everything else is.
+/// session; everything else is, but for requests, for which [`super::run`] knows better.
 #[must_use]
 pub fn session_differs(old: &Desired, new: &Desired) -> bool {
-    let session = |desired: &Desired| Desired { generation: 0, suspend: false, public_keys: Vec::new(), ..desired.clone() };
+    let session = |desired: &Desired| Desired { generation: 0, suspend: false, request: None, public_keys: Vec::new(), ..desired.clone() };
     session(old) != session(new)
 }
 

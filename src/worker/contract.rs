@@ -64,8 +64,24 @@ pub struct Desired {
     /// Stop the stream, keep the position.
     #[serde(default)]
     pub suspend: bool,
+    /// What somebody asks for once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<RequestSpec>,
     /// Public keys (Ed25519, 32 bytes, standard base64) that calls may be signed with: the current and the next.
     pub public_keys: Vec<String>,
+}
+
+/// A one-off action.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestSpec {
+    /// It is done once per id.
+    pub id: String,
+    /// `Retry`, `Resync`, `ResetSequences`, `Cancel`. One that a worker does not know waits for a newer worker.
+    pub action: String,
+    /// Tables of the source as `schema.name`, or `name` in schema public; all when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<String>,
 }
 
 /// Names a Mirror.
@@ -313,9 +329,35 @@ pub struct Status {
     /// What is not as it should be though the stream goes on, or will go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice: Option<Notice>,
+    /// What is recorded on the target of requests, the newest first, at most 11; that of the document in effect is always among
+    /// them. Absent before a claim has read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests: Option<Vec<RequestReport>>,
     /// Last failure, until it has passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+}
+
+/// A request that was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestReport {
+    /// Its id.
+    pub id: String,
+    /// What was asked for.
+    pub action: String,
+    /// All tables are copied again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_full_resync: bool,
+    /// Running, Succeeded, Failed, Cancelled, Skipped.
+    pub state: String,
+    /// When it was taken, as RFC 3339.
+    pub started_at: String,
+    /// When it was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+    /// For people, without secrets.
+    pub message: String,
 }
 
 /// A slot as the source sees it.
@@ -416,6 +458,7 @@ pub(crate) mod tests {
             },
             wal_budget: None,
             suspend: false,
+            request: None,
             public_keys: Vec::new(),
         }
     }

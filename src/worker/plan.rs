@@ -1,10 +1,11 @@
 //! From the desired document to what engine and connectors take. Pure.
 
-use super::contract::{Desired, EndpointSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec, WalBudgetSpec};
+use super::contract::{Desired, EndpointSpec, RequestSpec, SchemaSpec, SnapshotSpec, StreamSpec, TableSpec, WalBudgetSpec};
 use super::credentials::Login;
 use crate::connectors::postgres::{Endpoint, TlsMode};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::{SnapshotConfig, StreamConfig};
+use crate::engine::request::{self, Request};
 use crate::engine::retention::{Action, Budget};
 use crate::engine::roles::{BatchLimits, Owner, SchemaSelection, Selection, TableSelection};
 use crate::engine::table::QualifiedName;
@@ -25,8 +26,15 @@ pub fn stream_config(desired: &Desired) -> Result<StreamConfig> {
         slot: desired.slot.clone(),
         snapshot: snapshot(&desired.snapshot)?,
         limits: limits(&desired.stream)?,
+        request: desired.request.as_ref().and_then(request),
         budget: budget(desired.wal_budget.as_ref())?,
     })
+}
+
+/// What is asked for, if this worker knows it.
+#[must_use]
+pub fn request(spec: &RequestSpec) -> Option<Request> {
+    Some(Request { id: spec.id.clone(), action: request::Action::parse(&spec.action)?, tables: spec.tables.clone() })
 }
 
 fn selection(tables: Option<&[TableSpec]>, schemas: Option<&[SchemaSpec]>) -> Result<Selection> {
@@ -150,6 +158,7 @@ mod tests {
         assert_eq!(config.owner.uid, "5f0c");
         assert_eq!(config.limits.delay, Duration::from_millis(50));
         assert_eq!(config.snapshot.rows_per_range, 250_000);
+        assert_eq!(config.request, None);
 
         let mut schemas = desired(1);
         schemas.tables = None;
@@ -162,6 +171,15 @@ mod tests {
         assert!(
             matches!(stream_config(&schemas).unwrap().selection, Selection::Schemas(schemas) if schemas[0].target == "dw" && schemas[0].accept_narrower_types)
         );
+    }
+
+    #[test]
+    fn an_action_of_a_newer_operator_stops_nothing() {
+        let mut desired = desired(1);
+        for (action, known) in [("Resync", Some(request::Action::Resync)), ("Verify", None)] {
+            desired.request = Some(RequestSpec { id: "a".to_owned(), action: action.to_owned(), tables: vec!["public.users".to_owned()] });
+            assert_eq!(stream_config(&desired).unwrap().request.map(|request| request.action), known);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::config::{ConfigError, Copy, Mounted, Verdict, judge, session_differs}
 use super::contract::Desired;
 use super::credentials::Credentials;
 use super::http::{self, Push, Pushed};
+use super::plan::request;
 use super::registry::{Job, Sessions};
 use super::supervise::{Action, Exit, Health, Input, State, Urgency, Wanted, decide};
 use crate::engine::error::{Class, Error};
@@ -214,6 +215,10 @@ impl<S: Sessions> Worker<S> {
         {
             return Some(exit);
         }
+        if self.state == State::Running && self.could_take(true) {
+            tracing::info!("a request has waited for another one");
+            return self.handle(Input::Wish { changed: true }).await;
+        }
         if self.credentials_changed().await {
             tracing::info!("credentials have changed");
             return self.handle(Input::Wish { changed: true }).await;
@@ -312,11 +317,22 @@ impl<S: Sessions> Worker<S> {
     /// Puts a document into effect, then keeps it.
     async fn take(&mut self, desired: Desired) -> Option<Exit> {
         tracing::info!(generation = desired.generation, suspend = desired.suspend, "desired document in effect");
-        let changed = self.started.as_ref().is_none_or(|started| session_differs(&started.desired, &desired));
-        self.board.facts().desired = Some(Arc::new(desired));
+        let differs = self.started.as_ref().is_none_or(|started| session_differs(&started.desired, &desired));
+        let asked = |desired: &Desired| desired.request.as_ref().map(|request| request.id.clone());
+        let before = self.board.facts().desired.replace(Arc::new(desired)).and_then(|before| asked(&before));
+        let now = self.board.facts().desired.as_deref().and_then(asked);
+        // One that was removed changes nothing; what can't be taken yet ends no session.
+        let changed = differs || (now.is_some() && now != before && self.could_take(false));
         let exit = self.handle(Input::Wish { changed }).await;
         self.store().await;
         exit
+    }
+
+    /// Whether the request of the document in effect could be taken if a session began.
+    fn could_take(&self, in_session: bool) -> bool {
+        let desired = self.board.facts().desired.clone();
+        let wanted = desired.as_ref().and_then(|desired| request(desired.request.as_ref()?));
+        self.board.progress().could_take(wanted.as_ref(), in_session)
     }
 
     async fn store(&mut self) {

@@ -9,6 +9,7 @@ mod deletion;
 mod edits;
 mod protection;
 mod references;
+mod requests;
 mod rights;
 mod safety;
 mod stage;

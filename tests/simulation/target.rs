@@ -140,7 +140,7 @@ impl Target for SimTarget {
             tables: tables.map(|table| (table.source.clone(), table)).collect(),
         });
         let applier = SimApplier::new(connection, claim.epoch, stored.position);
-        Ok((Claimed { claim, checkpoint, log_intended: stored.intended }, applier))
+        Ok((Claimed { claim, checkpoint, log_intended: stored.intended, requests: Vec::new() }, applier))
     }
 
     async fn register(&self, claim: &Claim) -> Result<SimRegister> {
@@ -224,6 +224,7 @@ fn known(number: usize, definition: usize, entry: &Entry, at_most: Option<u64>) 
         position: entry.position.map(|position| Lsn(position.min(at_most.unwrap_or(position)))),
         rows_copied: 0,
         columns: table.signature(),
+        error: None,
     }
 }
 

@@ -69,6 +69,7 @@ pub fn desired(source: (&Postgres, &str), target: (&Postgres, &str), tables: &[&
         },
         wal_budget: None,
         suspend: false,
+        request: None,
         public_keys: vec![key.public_key_base64()],
     }
 }

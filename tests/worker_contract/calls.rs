@@ -5,7 +5,7 @@ use crate::support::eventually;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use sluice::worker::contract::{BODY_LIMIT, Failure, Notice, Phase, Retention, Status};
+use sluice::worker::contract::{BODY_LIMIT, Failure, Notice, Phase, RequestReport, Retention, Status};
 use sluice::worker::supervise::Exit;
 use sluice::worker::token::{SigningKey, sign};
 use std::net::SocketAddr;
@@ -180,6 +180,15 @@ fn the_status_document_is_as_written_down() {
             safe_wal_size: Some(-1),
         }),
         notice: Some(Notice { reason: "SpillFull".to_owned(), message: "no room".to_owned() }),
+        requests: Some(vec![RequestReport {
+            id: "a".to_owned(),
+            action: "Resync".to_owned(),
+            is_full_resync: true,
+            state: "Failed".to_owned(),
+            started_at: "2026-01-01T00:00:00Z".to_owned(),
+            finished_at: Some("2026-01-01T00:00:01Z".to_owned()),
+            message: "why".to_owned(),
+        }]),
         error: Some(Failure {
             class: "Retry".to_owned(),
             reason: "SourceUnreachable".to_owned(),
@@ -197,6 +206,8 @@ fn the_status_document_is_as_written_down() {
         "applyMode": "Replica", "waiting": "pid 7", "logMemoryBytes": 1, "logMemoryLimitBytes": 4, "spillBytes": 2, "spillLimitBytes": 3,
         "retention": {"slotExists": true, "retainedBytes": 5, "walStatus": "extended", "safeWalSize": -1},
         "notice": {"reason": "SpillFull", "message": "no room"},
+        "requests": [{"id": "a", "action": "Resync", "isFullResync": true, "state": "Failed", "startedAt": "2026-01-01T00:00:00Z",
+            "finishedAt": "2026-01-01T00:00:01Z", "message": "why"}],
         "error": {"class": "Retry", "reason": "SourceUnreachable", "message": "no route", "count": 2, "retryInSeconds": 4},
     });
     assert_eq!(serde_json::to_value(&status).unwrap(), full);

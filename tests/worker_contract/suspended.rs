@@ -70,7 +70,7 @@ async fn a_suspended_worker_watches_what_the_source_keeps() {
     left.batch_execute("CHECKPOINT").await.unwrap();
     let lost = |status: &Status, seen: &Retention| seen.wal_status.as_deref() == Some("lost") && told(status) == Some("SlotLost");
     let status = wait_seen(&worker, "the loss is told", lost).await;
-    assert!(status.notice.expect("a notice").message.contains("create it again"));
+    assert!(status.notice.expect("a notice").message.contains("a Resync without tables"));
     left.batch_execute("SELECT pg_drop_replication_slot('sluice_test')").await.unwrap();
     let gone = Retention { slot_exists: false, retained_bytes: None, wal_status: None, safe_wal_size: None };
     wait_seen(&worker, "the slot is gone", |_, seen| *seen == gone).await;

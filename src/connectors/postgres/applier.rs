@@ -27,6 +27,7 @@ use crate::engine::coalesce::Order;
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::flow::lost_task;
 use crate::engine::register::{Reached, Register};
+use crate::engine::request::{Effect, RequestChange, RequestRecord};
 use crate::engine::roles::{self, Applied, Apply, ApplyMode, Proof};
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use durability::Durability;
@@ -341,6 +342,16 @@ impl Apply for PostgresApplier {
     async fn set_timeline(&mut self, timeline: i64) -> Result<()> {
         self.may_begin()?;
         self.register.statement("write the timeline", self.claim.set_timeline(self.session(), timeline)).await
+    }
+
+    async fn record(&mut self, change: &RequestChange<'_, Lsn>) -> Result<Vec<RequestRecord>> {
+        self.may_begin()?;
+        let records = self.register.record(change).await?;
+        if matches!(change.effect, Effect::Anew) {
+            self.position = None;
+            self.durability = Durability::new(None);
+        }
+        Ok(records)
     }
 
     async fn forget(&mut self, tables: &[QualifiedName]) -> Result<()> {

@@ -10,6 +10,7 @@
 //! * two streams never write one target table (a unique index on `tables`).
 
 pub(super) mod claim;
+pub(super) mod requests;
 pub(super) mod schema;
 
 use super::connect::{Parameter, Parameters, Session};
@@ -96,7 +97,9 @@ impl Claim {
         let key = &self.key;
         let values: [&(dyn Parameter + Sync); 4] = [&key.system_identifier, &key.database, &key.slot, &TableState::Init.as_str()];
         let of_stream = "WHERE system_identifier = $1 AND database = $2 AND slot = $3";
-        let forget = format!("UPDATE _sluice.tables SET state = $4, position = NULL, rows_copied = 0, updated_at = now() {of_stream}");
+        let forget = format!(
+            "UPDATE _sluice.tables SET state = $4, generation = generation + 1, position = NULL, error = NULL, rows_copied = 0, updated_at = now() {of_stream}"
+        );
         client.execute(&forget, &values).await.map_err(failed("forget the copies"))?;
         let forget = format!("DELETE FROM _sluice.ranges {of_stream}");
         client.execute(&forget, &values[..3]).await.map(drop).map_err(failed("forget the copies"))
@@ -191,7 +194,7 @@ impl Claim {
                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 1, $9, CASE WHEN $10 THEN to_regclass($11)::oid END)
                  ON CONFLICT (system_identifier, database, slot, source_schema, source_table) DO UPDATE
                  SET target_schema = $6, target_table = $7, state = $8, generation = known.generation + 1,
-                     position = NULL, rows_copied = 0, columns = $9, made = coalesce(excluded.made, known.made), updated_at = now()
+                     position = NULL, error = NULL, rows_copied = 0, columns = $9, made = coalesce(excluded.made, known.made), updated_at = now()
                  RETURNING generation",
                 &values,
             ),
@@ -227,11 +230,12 @@ impl Claim {
         let (owned, written) = futures::future::join(
             self.own_target(client, table),
             client.execute(
-                "INSERT INTO _sluice.tables (system_identifier, database, slot, source_schema, source_table,
-                                             target_schema, target_table, state, position, columns)
+                "INSERT INTO _sluice.tables AS known (system_identifier, database, slot, source_schema, source_table,
+                                                      target_schema, target_table, state, position, columns)
                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
                  ON CONFLICT (system_identifier, database, slot, source_schema, source_table) DO UPDATE
-                 SET target_schema = $6, target_table = $7, state = $8, position = $9, updated_at = now()",
+                 SET target_schema = $6, target_table = $7, state = $8, position = $9, updated_at = now(),
+                     error = CASE WHEN $8 = 'Error' THEN known.error END",
                 &values,
             ),
         )

@@ -31,7 +31,7 @@ pub fn statements(slot: &str, namespace: &str, name: &str) -> String {
         quote_literal(name)
     );
     let mut text = "BEGIN; ".to_owned();
-    for table in ["ranges", "tables"] {
+    for table in ["ranges", "requests", "tables"] {
         // Writing to a String does not fail.
         let _ = write!(
             text,

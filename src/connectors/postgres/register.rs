@@ -8,6 +8,7 @@ use super::lsn::Lsn;
 use super::target::{failed, within};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::register::Register;
+use crate::engine::request::{RequestChange, RequestRecord};
 use crate::engine::roles::ApplyMode;
 use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use futures::future::{join, join3};
@@ -56,6 +57,19 @@ impl PostgresRegister {
             self.begin().await?;
             let written = self.prove_behind(written).await;
             self.end(written).await
+        })
+        .await
+    }
+
+    /// Writes what is decided about requests. Returns all records, the newest first.
+    pub(super) async fn record(&self, change: &RequestChange<'_, Lsn>) -> Result<Vec<RequestRecord>> {
+        within(CONTROL_LIMIT, "record a request", async {
+            self.begin().await?;
+            let recorded = match self.claim.record(&self.session, change).await {
+                Ok(records) => self.claim.check(&self.session).await.map(|()| records),
+                Err(error) => Err(error),
+            };
+            self.end(recorded).await
         })
         .await
     }

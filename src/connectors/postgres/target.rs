@@ -3,7 +3,7 @@
 mod check;
 
 use super::applier::{PostgresApplier, Prepared};
-use super::checkpoint::{Claim, claim, schema};
+use super::checkpoint::{Claim, claim, requests, schema};
 use super::connect::{Session, Side, connect};
 use super::ddl;
 use super::endpoint::Endpoint;
@@ -16,6 +16,7 @@ use super::register::PostgresRegister;
 use super::relate;
 use super::session::UNLIMITED;
 use crate::engine::error::{Error, Result, reason};
+use crate::engine::request::{RequestRecord, RequestState};
 use crate::engine::roles::{
     ApplyMode, Builders, BulkFormat, BulkStream, Claimed, Fed, Owner, Range, SourceIdentity, StreamKey, Target, Tell,
 };
@@ -254,6 +255,20 @@ impl Target for PostgresTarget {
     async fn relate(&self, claim: &Claim, tables: &[MappedTable], tell: Tell<'_>) -> Result<Vec<String>> {
         let session = self.session("").await?;
         relate::relate(&session, claim, tables, &self.endpoint.username, tell).await
+    }
+
+    async fn end_request(&self, claim: &Claim, id: &str, state: RequestState, message: &str) -> Result<Vec<RequestRecord>> {
+        let session = self.session("sluice request").await?;
+        within(CLAIM_LIMIT, "end a request", async {
+            let begin = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'";
+            session.batch_execute(begin).await.map_err(failed("begin a transaction"))?;
+            claim.end(&session, id, state, message).await?;
+            let records = requests::read(&session, &claim.key).await?;
+            claim.check(&session).await?;
+            session.batch_execute("COMMIT").await.map_err(failed("commit the end of a request"))?;
+            Ok(records)
+        })
+        .await
     }
 }
 

@@ -216,10 +216,10 @@ impl Mirrors {
         if !apply::patch_status(&self.ctx, mirror, mirror.status.as_ref(), status).await? {
             return Ok(());
         }
-        let old = mirror.status.as_ref().map_or(&[][..], |status| &status.conditions);
-        for news in report::news(old, status) {
+        let old = mirror.status.clone().unwrap_or_default();
+        for news in report::news(&old, status) {
             let event = if news.calm { EventKind::Normal } else { EventKind::Warning };
-            self.ctx.events.publish(&mirror.object_ref(&()), event, news.reason, "Reconcile", news.message).await;
+            self.ctx.events.publish(&mirror.object_ref(&()), event, news.reason, "Reconcile", &news.message).await;
         }
         Ok(())
     }

@@ -3,18 +3,21 @@
 //! Invariants: at most seven conditions; `Suspended` is Ready while the slot is not lost; what is only not known now keeps the last
 //! word on what was reached.
 
+mod requests;
 mod text;
 
 use super::observe::{Observed, Worker};
 use super::plan;
 use super::problem::{Problem, documented};
 use crate::engine::error::reason as engine;
+use crate::engine::request::WAY_OUT;
 use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, Finding, kind, reason};
 use crate::resources::{MirrorStatus, Position, Retention, TableCounts, WorkerStatus};
 use crate::worker::contract::{self, Failure, Notice, Phase, Status};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Longest `status.lastError`, in bytes.
@@ -80,7 +83,9 @@ pub fn report(facts: &Facts<'_>, now: Timestamp) -> MirrorStatus {
         last_error: error.map(|error| conditions::cut(error, LAST_ERROR_LIMIT)),
         ..old
     };
-    match observed.worker.status() {
+    let said = observed.worker.status();
+    let status = requests::requests(status, mirror, said.and_then(|said| said.requests.as_deref()));
+    match said {
         Some(said) => progress(status, said),
         None => status,
     }
@@ -123,11 +128,18 @@ pub struct News<'a> {
     /// That of the condition.
     pub reason: &'static str,
     /// That of the condition.
-    pub message: &'a str,
+    pub message: Cow<'a, str>,
 }
 
-/// What changed between `old` and `status`: another status or reason of Ready, or a new reason to be stalled. Not another message.
-pub fn news<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
+/// What changed between `old` and `status`: another status or reason of Ready, a new reason to be stalled, another state of a request.
+/// Not another message.
+pub fn news<'a>(old: &MirrorStatus, status: &'a MirrorStatus) -> Vec<News<'a>> {
+    let mut news = of_conditions(&old.conditions, status);
+    news.extend(requests::news(old, status));
+    news
+}
+
+fn of_conditions<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
     let stalled = conditions::is_true(&status.conditions, kind::STALLED);
     let progresses = conditions::is_true(&status.conditions, kind::RECONCILING) && status.last_error.is_none();
     let mut news: Vec<News<'a>> = vec![];
@@ -141,7 +153,7 @@ pub fn news<'a>(old: &[Condition], status: &'a MirrorStatus) -> Vec<News<'a>> {
             // A reason of the engine beside `True` is something to look at.
             let fine = new.status == "True" && !engine::ALL.contains(&reason);
             let calm = name == kind::READY && (fine || (progresses && !stalled && new.status != "True"));
-            news.push(News { calm, reason, message: &new.message });
+            news.push(News { calm, reason, message: Cow::Borrowed(&new.message) });
         }
     }
     news
@@ -182,10 +194,8 @@ fn without_slot(mirror: &SlimMirror, status: &Status) -> Option<Problem> {
     let unaware = status.phase == Phase::Suspended || (status.phase == Phase::Retrying && status.snapshot_completed);
     let gone = status.retention.as_ref().is_some_and(|seen| !seen.slot_exists) && status.notice.is_none();
     (unaware && gone && copied(mirror)).then(|| {
-        let message = format!(
-            "slot {} is not on the source any more: changes are gone, the tables need a new copy; delete the Mirror and create it again, with snapshot.existingRows: Truncate",
-            status.slot
-        );
+        let message =
+            format!("slot {} is not on the source any more: changes are gone, the tables need a new copy: {WAY_OUT}", status.slot);
         Problem::stop(engine::SLOT_MISSING, message)
     })
 }
@@ -261,9 +271,16 @@ fn ready(facts: &Facts<'_>, situation: &Situation<'_>, old: &MirrorStatus) -> Fi
         (Situation::Suspended, None) => Finding::yes(kind::READY, reason::SUSPENDED, "suspended; the source keeps its log"),
         (Situation::Streaming, None) => Finding::yes(kind::READY, reason::STREAMING, format!("every table follows the stream{aside}")),
         // It streams on, as far as anybody knows.
+        (Situation::Working(..), _) if keeps_ready(facts, old) => kept(kind::READY, situation.reason(), old),
         (Situation::Outdated(why), _) => Finding { message: (*why).to_owned(), ..kept(kind::READY, reason::WORKER_OUTDATED, old) },
         (other, _) => Finding::no(kind::READY, other.reason(), other.message()),
     }
+}
+
+/// A session begins for a request that leaves the Mirror as ready as it was.
+fn keeps_ready(facts: &Facts<'_>, old: &MirrorStatus) -> bool {
+    let said = facts.observed.worker.status().and_then(|said| said.requests.as_deref());
+    conditions::is_true(&old.conditions, kind::READY) && requests::keeps_ready(facts.mirror, old, said)
 }
 
 fn reconciling(facts: &Facts<'_>, situation: &Situation<'_>) -> Finding {

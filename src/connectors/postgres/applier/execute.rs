@@ -347,7 +347,7 @@ impl<'a> Executor<'a> {
         Error::stop(
             reason::ROW_MISSING,
             format!(
-                "target table {} has no row {which} to {doing}: something else has written there; it needs a new copy",
+                "target table {} has no row {which} to {doing}: something else has written there; set spec.request to a Resync of it",
                 sent.writer.target
             ),
         )

@@ -3,11 +3,11 @@
 use super::super::connect::{Parameter, Session};
 use super::super::lsn::Lsn;
 use super::super::target::failed;
-use super::{Claim, fenced, parse_state};
+use super::{Claim, fenced, parse_state, requests};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::{Checkpoint, Claimed, Owner, StreamKey, TableCheckpoint};
 use crate::engine::table::QualifiedName;
-use futures::future::{join3, join5};
+use futures::future::{join4, join5};
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
 use tokio_postgres::Row;
@@ -116,7 +116,7 @@ impl Claiming<'_> {
             [&key.system_identifier, &key.database, &key.slot, &seen_epoch, &owner.namespace, &owner.name, &owner.uid, &pids];
         // Sent together. When a piece fails, those behind it fail too, and COMMIT rolls back. Should BEGIN itself fail, a claim
         // may have been made that nobody has: it fences, and writes nothing.
-        let (begun, found, made, locked, (raised, tables, ended)) = join5(
+        let (begun, found, made, locked, (raised, tables, requests, ended)) = join5(
             client.batch_execute(
                 "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '15s'",
             ),
@@ -127,7 +127,7 @@ impl Claiming<'_> {
                 &[&key.system_identifier, &key.database, &key.slot, &owner.namespace, &owner.name, &owner.uid],
             ),
             client.query_opt(&lock, &values[..6]),
-            join3(client.execute(&raise, &values), read_tables(client, key), client.batch_execute("COMMIT")),
+            join4(client.execute(&raise, &values), read_tables(client, key), requests::read(client, key), client.batch_execute("COMMIT")),
         )
         .await;
         begun.map_err(failed("begin the claim"))?;
@@ -135,7 +135,7 @@ impl Claiming<'_> {
         made.map_err(failed("claim the stream"))?;
         let locked = locked.map_err(failed("claim the stream"))?;
         raised.map_err(failed("claim the stream"))?;
-        let tables = tables?;
+        let (tables, requests) = (tables?, requests?);
         ended.map_err(failed("end the claim"))?;
         let Some(stream) = locked.as_ref().map(StreamRow::read) else {
             return Ok(Raised::Found(found.as_ref().map(StreamRow::read)));
@@ -151,7 +151,7 @@ impl Claiming<'_> {
             }),
         };
         let claim = Claim { key: key.clone(), epoch: stream.epoch + 1 };
-        Ok(Raised::Claimed(Claimed { claim, checkpoint, log_intended: stream.log_intended }))
+        Ok(Raised::Claimed(Claimed { claim, checkpoint, log_intended: stream.log_intended, requests }))
     }
 }
 
@@ -184,7 +184,7 @@ async fn end_backends(client: &Session, key: &StreamKey) {
 async fn read_tables(client: &Session, key: &StreamKey) -> Result<HashMap<QualifiedName, TableCheckpoint<Lsn>>> {
     let rows = client
         .query(
-            "SELECT source_schema, source_table, target_schema, target_table, state, generation, position, rows_copied, columns
+            "SELECT source_schema, source_table, target_schema, target_table, state, generation, position, rows_copied, columns, error
              FROM _sluice.tables WHERE system_identifier = $1 AND database = $2 AND slot = $3",
             &[&key.system_identifier, &key.database, &key.slot],
         )
@@ -201,6 +201,7 @@ async fn read_tables(client: &Session, key: &StreamKey) -> Result<HashMap<Qualif
                 position: row.get::<_, Option<&str>>(6).map(parse_position).transpose()?,
                 rows_copied: row.get(7),
                 columns: row.get(8),
+                error: row.get(9),
             };
             Ok((source, table))
         })

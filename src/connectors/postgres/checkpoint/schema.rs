@@ -44,7 +44,6 @@ const CREATE: &str = "
         position text,
         rows_copied bigint NOT NULL DEFAULT 0,
         columns text NOT NULL,
-        made oid,
         updated_at timestamptz NOT NULL DEFAULT now(),
         PRIMARY KEY (system_identifier, database, slot, source_schema, source_table)
     ) WITH (fillfactor = 50);
@@ -63,7 +62,22 @@ const CREATE: &str = "
     INSERT INTO _sluice.version SELECT 1 WHERE NOT EXISTS (SELECT FROM _sluice.version);";
 
 /// What has come since the schema was first made. Older builds do not mind it, so that its version stays.
-const ADDITIONS: &str = "ALTER TABLE _sluice.tables ADD COLUMN IF NOT EXISTS made oid";
+const ADDITIONS: &str = "
+    ALTER TABLE _sluice.tables ADD COLUMN IF NOT EXISTS made oid, ADD COLUMN IF NOT EXISTS error text;
+    CREATE TABLE IF NOT EXISTS _sluice.requests (
+        system_identifier text NOT NULL,
+        database text NOT NULL,
+        slot text NOT NULL,
+        id text NOT NULL,
+        number bigint NOT NULL,
+        action text NOT NULL,
+        tables text[] NOT NULL,
+        state text NOT NULL,
+        message text NOT NULL,
+        started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        finished_at timestamptz,
+        PRIMARY KEY (system_identifier, database, slot, id)
+    );";
 
 /// Makes the schema when it is missing.
 ///
@@ -78,7 +92,7 @@ pub(in super::super) async fn ensure(client: &Session) -> Result<()> {
         }
         return Ok(());
     }
-    let sql = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATION_LOCK}); {CREATE} COMMIT;");
+    let sql = format!("BEGIN; SELECT pg_advisory_xact_lock({CREATION_LOCK}); {CREATE} {ADDITIONS} COMMIT;");
     let (created, version) = futures::future::join(client.batch_execute(&sql), version(client)).await;
     if let Err(error) = created {
         let _ = client.batch_execute("ROLLBACK").await;
@@ -89,7 +103,8 @@ pub(in super::super) async fn ensure(client: &Session) -> Result<()> {
 
 /// Whether it has what has come since.
 async fn is_whole(client: &Session) -> Result<bool> {
-    let sql = "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = '_sluice.tables'::regclass AND attname = 'made')";
+    let sql = "SELECT count(*) = 2 AND to_regclass('_sluice.requests') IS NOT NULL FROM pg_attribute
+        WHERE attrelid = '_sluice.tables'::regclass AND attname IN ('made', 'error')";
     Ok(client.query_one(sql, &[]).await.map_err(failed("look at schema _sluice"))?.get(0))
 }
 

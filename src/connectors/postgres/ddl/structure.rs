@@ -135,15 +135,8 @@ fn constrain(table: &MappedTable, index: &Index, present: &Present) -> Vec<Strin
 
 /// Makes a sequence when it is missing and sets its value. Returns its quoted name on the target.
 async fn settle_sequence(client: &Session, table: &MappedTable, sequence: &Sequence, values: &[SequenceValue]) -> Result<String> {
-    let own = client
-        .query_one("SELECT pg_get_serial_sequence($1, $2)", &[&qualified(&table.target), &sequence.column])
-        .await
-        .map_err(failed("look for a sequence"))?;
     let wanted = build::sequence_target(table, sequence);
-    let there = match (sequence.role, own.get::<_, Option<String>>(0)) {
-        (SequenceRole::Free, _) => relation_kind(client, &wanted).await?.filter(|kind| *kind == "S").map(|_| qualified(&wanted)),
-        (_, own) => own,
-    };
+    let there = find_sequence(client, table, sequence, &wanted).await?;
     let is_new = there.is_none();
     let name = match there {
         Some(name) => name,
@@ -164,6 +157,30 @@ async fn settle_sequence(client: &Session, table: &MappedTable, sequence: &Seque
     }
     set_value(client, table, sequence, values, &name, is_new).await?;
     Ok(name)
+}
+
+/// Sets the sequence of an existing table to the source's value, whatever it has. Does nothing where there is no such sequence.
+pub(in super::super) async fn reset_sequence(
+    client: &Session,
+    table: &MappedTable,
+    sequence: &Sequence,
+    values: &[SequenceValue],
+) -> Result<()> {
+    let wanted = build::sequence_target(table, sequence);
+    let Some(name) = find_sequence(client, table, sequence, &wanted).await? else { return Ok(()) };
+    set_value(client, table, sequence, values, &name, true).await
+}
+
+/// The quoted name of a sequence that is there.
+async fn find_sequence(client: &Session, table: &MappedTable, sequence: &Sequence, wanted: &QualifiedName) -> Result<Option<String>> {
+    let own = client
+        .query_one("SELECT pg_get_serial_sequence($1, $2)", &[&qualified(&table.target), &sequence.column])
+        .await
+        .map_err(failed("look for a sequence"))?;
+    Ok(match (sequence.role, own.get::<_, Option<String>>(0)) {
+        (SequenceRole::Free, _) => relation_kind(client, wanted).await?.filter(|kind| *kind == "S").map(|_| qualified(wanted)),
+        (_, own) => own,
+    })
 }
 
 /// A new sequence gets the source's value; one that is there never goes back, since others may use it. Where the source's

@@ -3,8 +3,8 @@
 use super::super::validate::Validated;
 use super::{child_meta, name, namespace, publication, slot, uid};
 use crate::operator::slim::SlimMirror;
-use crate::resources::MirrorSpec;
-use crate::worker::contract::{DESIRED_FILE, Desired, MirrorId, VERSION};
+use crate::resources::{MirrorSpec, Request};
+use crate::worker::contract::{DESIRED_FILE, Desired, MirrorId, RequestSpec, VERSION};
 use k8s_openapi::api::core::v1::ConfigMap;
 
 /// What the worker was told last.
@@ -32,8 +32,13 @@ pub fn document(mirror: &SlimMirror, spec: &MirrorSpec, valid: Validated, public
         stream: valid.stream,
         wal_budget: valid.wal_budget,
         suspend: spec.suspend,
+        request: spec.request.as_ref().map(request),
         public_keys,
     }
+}
+
+fn request(given: &Request) -> RequestSpec {
+    RequestSpec { id: given.id.clone(), action: given.action.as_str().to_owned(), tables: given.tables.clone() }
 }
 
 /// The last good document under a spec that is not valid: `suspend` is followed all the same, and so are our keys.

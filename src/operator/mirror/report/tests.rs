@@ -68,6 +68,80 @@ fn failure(class: &str, reason: &str) -> Value {
     json!({"error": {"class": class, "reason": reason, "message": "what happened", "count": 1}})
 }
 
+fn asked(request: Value) -> SlimMirror {
+    slim(json!({"tables": [{"name": "users"}], "request": request}))
+}
+
+fn done(id: &str, state: &str, is_full_resync: bool) -> Value {
+    json!({"id": id, "action": "Resync", "state": state, "isFullResync": is_full_resync, "startedAt": "2026-01-01T00:00:00Z",
+        "finishedAt": (state != "Running").then_some("2026-01-01T00:01:00Z"), "message": "m"})
+}
+
+/// States of the request and of those before it.
+fn states(status: &MirrorStatus) -> Vec<String> {
+    let all = status.request.iter().chain(&status.request_history);
+    all.map(|known| format!("{} {}", known.id, known.state)).collect()
+}
+
+#[test]
+fn a_request_waits_is_taken_and_becomes_history() {
+    let mut mirror = asked(json!({"id": "b", "action": "Retry"}));
+    let before = reported(&mirror, None, &answers("Streaming", json!({})));
+    assert_eq!(states(&before), ["b Pending"]);
+    mirror.status = Some(before);
+    let running = reported(&mirror, None, &answers("Streaming", json!({"requests": [done("a", "Running", false)]})));
+    assert_eq!(states(&running), ["b Pending", "a Running"]);
+    assert!(
+        running.request.as_ref().and_then(|known| known.message.as_deref()).is_some_and(|message| message.contains("request a is over"))
+    );
+    let many: Vec<Value> = (0..12).map(|n| done(&format!("old{n}"), "Failed", false)).collect();
+    let requests: Vec<Value> = [done("b", "Succeeded", false)].into_iter().chain(many).collect();
+    let status = reported(&mirror, None, &answers("Streaming", json!({"requests": requests})));
+    assert_eq!((states(&status).len(), states(&status)[0].as_str()), (11, "b Succeeded"));
+    mirror.status = Some(status.clone());
+    // Nobody knows better for a while, or nobody asks any more.
+    assert_eq!(states(&reported(&mirror, None, &answers("Starting", json!({})))), states(&status));
+    mirror.spec.request = None;
+    assert_eq!(
+        states(&reported(&mirror, None, &answers("Streaming", json!({"requests": [done("b", "Succeeded", false)]})))),
+        ["b Succeeded"]
+    );
+}
+
+#[test]
+fn a_request_keeps_ready_as_it_is_but_the_copy_of_everything() {
+    let mut mirror = asked(json!({"id": "r", "action": "Resync", "tables": ["users"]}));
+    let begins = |requests: Value| answers("SettingUp", json!({"requests": requests}));
+    assert_eq!(summary(&reported(&mirror, None, &begins(json!([])))).split(' ').next(), Some("False"), "it was not ready before");
+    mirror.status = Some(reported(&mirror, None, &answers("Streaming", json!({}))));
+    let ready = |requests: Value| summary(&reported(&mirror, None, &begins(requests))).starts_with("True Streaming");
+    assert!(ready(json!([])) && ready(json!([done("r", "Running", false)])));
+    assert!(!ready(json!([done("r", "Running", true)])));
+    assert!(!ready(json!([done("r", "Succeeded", false)])), "something else is under way");
+    let failure = answers("Retrying", failure("Retry", "SourceUnreachable"));
+    assert!(summary(&reported(&mirror, None, &failure)).starts_with("False SourceUnreachable"));
+}
+
+#[test]
+fn people_hear_once_of_what_becomes_of_requests() {
+    let mut mirror = asked(json!({"id": "r", "action": "Resync"}));
+    let mut tell = |requests: Value| {
+        let old = mirror.status.clone().unwrap_or_default();
+        let status = reported(&mirror, None, &answers("Streaming", json!({"requests": requests})));
+        let told = news(&old, &status)
+            .iter()
+            .map(|news| (news.calm, news.reason))
+            .filter(|(_, reason)| reason.starts_with("Request"))
+            .collect::<Vec<_>>();
+        mirror.status = Some(status);
+        told
+    };
+    assert_eq!(tell(json!([])), []);
+    assert_eq!(tell(json!([done("r", "Running", false), done("far", "Failed", false)])), [(true, "RequestTaken")]);
+    assert_eq!(tell(json!([done("r", "Running", false), done("far", "Failed", false)])), []);
+    assert_eq!(tell(json!([done("r", "Failed", false), done("far", "Failed", false)])), [(false, "RequestFailed")]);
+}
+
 /// The stream goes on, and people hear of it.
 #[test]
 fn a_notice_is_the_reason_of_ready() {
@@ -76,7 +150,7 @@ fn a_notice_is_the_reason_of_ready() {
     assert_eq!(summary(&status), "True SpillFull False False True Streaming");
     let ready = conditions::get(&status.conditions, "Ready").expect("the condition");
     assert_eq!(ready.message, "no room");
-    let told = news(&reported(&mirror(false), None, &answers("Streaming", json!({}))).conditions, &status).len();
+    let told = news(&reported(&mirror(false), None, &answers("Streaming", json!({}))), &status).len();
     assert_eq!(told, 1);
     assert_eq!(short(false, None, &answers("Copying", notice)), "False Copying True False False Copying");
     let danger = json!({"notice": {"reason": "SlotAtRisk", "message": "little is left"}});
@@ -94,7 +168,7 @@ fn a_lost_slot_stalls_whatever_the_worker_does() {
     assert!(conditions::is_true(&status.conditions, "Suspended"));
     assert_eq!(status.last_error.as_deref(), Some("SlotLost: make it anew"));
     let resting = reported(&mirror(true), None, &answers("Suspended", json!({})));
-    assert_eq!(news(&resting.conditions, &status), [News { calm: false, reason: "SlotLost", message: "make it anew" }]);
+    assert_eq!(news(&resting, &status), [News { calm: false, reason: "SlotLost", message: "make it anew".into() }]);
     let mut away = failure("Retry", "TargetUnreachable");
     away["notice"] = lost()["notice"].clone();
     assert_eq!(short(false, None, &answers("Retrying", away)), "False SlotLost False True False Retrying");
@@ -122,8 +196,8 @@ fn a_slot_that_is_gone_is_told_of_a_mirror_that_can_not_see_it_itself() {
     dropped["notice"] = json!({"reason": "WalBudgetExceeded", "message": "copied anew"});
     let status = reported(&mirror, None, &answers("Suspended", dropped.clone()));
     assert_eq!(summary(&status), "True WalBudgetExceeded False False False Suspended");
-    let told = news(&mirror.status.as_ref().expect("a status").conditions, &status);
-    assert_eq!(told, [News { calm: false, reason: "WalBudgetExceeded", message: "copied anew" }]);
+    let told = news(mirror.status.as_ref().expect("a status"), &status);
+    assert_eq!(told, [News { calm: false, reason: "WalBudgetExceeded", message: "copied anew".into() }]);
     dropped["notice"]["reason"] = "SlotGivenUp".into();
     assert_eq!(summary(&reported(&mirror, None, &answers("Suspended", dropped))), "False SlotGivenUp False True False Suspended");
     // Behind a target that is down.
@@ -309,8 +383,7 @@ fn long_errors_are_cut() {
 #[test]
 fn events_tell_of_transitions_once() {
     let mirror = mirror(false);
-    let told =
-        |old: &MirrorStatus, new: &MirrorStatus| news(&old.conditions, new).iter().map(|news| (news.calm, news.reason)).collect::<Vec<_>>();
+    let told = |old: &MirrorStatus, new: &MirrorStatus| news(old, new).iter().map(|news| (news.calm, news.reason)).collect::<Vec<_>>();
     let none = MirrorStatus::default();
     let copying = reported(&mirror, None, &answers("Copying", json!({})));
     let further = reported(&mirror, None, &answers("Copying", json!({"rowsCopied": 99})));
