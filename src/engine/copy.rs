@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
 
-/// How often a range is tried again under the same snapshot before the session ends.
+/// How often a range is tried again under the same snapshot before the copy is given up.
 const RANGE_RETRIES: u32 = 5;
 
 /// What a copy needs besides the tables.

@@ -149,6 +149,7 @@ impl SimApplier {
         let behind = reached.joined.iter().filter(was_behind).count() as u64;
         world.seen.note_all(Rare::JoinedByPart, reached.joined.len() as u64);
         world.seen.note_all(Rare::JoinedFromBehind, behind);
+        world.joining = world.joining.max(20 * behind.min(1) as u32);
         world.seen.note_all(Rare::PartOverCheckpoint, (over && behind > 0).into());
         world.seen.note_all(Rare::ReadAgain, reached.own.len() as u64);
         world.seen.note_all(Rare::BesideCopy, beside_copy.into());
@@ -476,7 +477,7 @@ impl Apply for SimApplier {
     }
 
     fn mode(&self) -> ApplyMode {
-        ApplyMode::Replica
+        self.world().mode
     }
 }
 

@@ -144,7 +144,9 @@ impl Faults {
     }
 
     pub fn draw(&mut self, point: Point, moment: Moment, dice: &mut Dice) -> Option<Fault> {
-        if self.left == 0 || dice.below(10_000) >= self.per_ten_thousand {
+        // What is seldom called fails more often.
+        let often = if point == Point::Advance { 8 } else { 1 };
+        if self.left == 0 || dice.below(10_000) >= self.per_ten_thousand * often {
             return None;
         }
         self.left -= 1;

@@ -9,6 +9,7 @@ use crate::oracle::{Held, Oracle};
 use crate::seen::{Rare, Seen};
 use crate::server::{Entry, Server, Stored};
 use sluice::engine::error::{Error, Result, reason};
+use sluice::engine::roles::ApplyMode;
 use sluice::engine::table::TableState;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -55,9 +56,13 @@ pub struct World {
     pauses: u32,
     /// How often, of a thousand times, the reading of a range takes long while the stream goes on.
     long_reads: u32,
+    /// Steps for which the target crashes more easily, since a table joins that was behind the checkpoint.
+    pub joining: u32,
     /// Transactions that users begin meanwhile.
     writes_beside: u32,
     to_the_end: bool,
+    /// How the target's role may write.
+    pub mode: ApplyMode,
 }
 
 impl World {
@@ -67,9 +72,10 @@ impl World {
         let history = History::new(writes, &mut dice);
         let faults = Faults::new(&mut dice);
         let (restless, to_the_end) = (dice.chance(500), dice.chance(200));
+        let mode = if dice.chance(150) { ApplyMode::Ordered } else { ApplyMode::Replica };
         let slow = [0, 0, 600, 800][dice.below(4) as usize];
         let pauses = [0, 0, 3, 15][dice.below(4) as usize];
-        let long_reads = [0, 300, 600][dice.below(3) as usize];
+        let long_reads = [0, 0, 0, 500][dice.below(4) as usize];
         Self {
             history,
             server: Server::default(),
@@ -93,8 +99,10 @@ impl World {
             slow,
             pauses,
             long_reads,
-            writes_beside: 30,
+            joining: 0,
+            writes_beside: 24,
             to_the_end,
+            mode,
             dice,
         }
     }
@@ -164,7 +172,9 @@ impl World {
             9..=10 => self.serve_source(),
             _ => {}
         }
-        if self.faults.disaster(&mut self.dice) {
+        let tries = if self.joining > 0 { 10 } else { 1 };
+        self.joining = self.joining.saturating_sub(1);
+        if (0..tries).any(|_| self.faults.disaster(&mut self.dice)) {
             self.seen.note(Rare::TargetCrash);
             let lost = self.server.crash();
             self.seen.note_all(Rare::CommitLost, lost);
