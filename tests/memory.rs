@@ -198,9 +198,8 @@ async fn a_spill_of_64_mib_holds_no_more() {
 async fn a_target_that_stands_still_stops_the_reading() {
     let (source, target, left, right) = pair().await;
     let mut worker = follow(&source, &target, &["--memory-limit", "0"], eager).await;
-    // Whenever the source describes a table anew, the worker looks at the publication with nothing in flight. When that happens while
-    // the target stands still, one batch alone is in flight: then it is done again, by a new process, so that what it held before is
-    // known each time.
+    // Once a minute the worker looks at the publication with nothing in flight. When that happens while the target stands still, one
+    // batch alone is in flight: then it is done again, by a new process, so that what it held before is known each time.
     let mut in_flight = false;
     let mut rows = 0;
     while !in_flight {
@@ -210,6 +209,7 @@ async fn a_target_that_stands_still_stops_the_reading() {
             worker.spawn();
             worker.wait_streaming().await;
         }
+        rows = describe(&worker, &left, rows).await;
         let before = held(worker.pid());
         right.batch_execute(LOCK).await.expect("a lock");
         let watch = Watch::start(&worker);
@@ -250,6 +250,20 @@ async fn a_target_that_stands_still_again_and_again_takes_no_more_each_time() {
 /// As much as possible would be in flight: large batches without a row in common, and connections enough.
 fn eager(desired: &mut Desired) {
     (desired.stream.max_batch_rows, desired.stream.max_batch_bytes, desired.stream.apply_connections) = (1_000_000, 64 << 20, 8);
+}
+
+/// Writes a row: with the first one the source describes the table to each new session, which then looks at the publication with nothing
+/// in flight. Waits until that is over; how many rows there are then.
+async fn describe(worker: &Worker, left: &Client, rows: u64) -> u64 {
+    let now: String = left.query_one("SELECT clock_timestamp()::text", &[]).await.expect("a time").get(0);
+    left.batch_execute(&insert(rows + 1, rows + 1)).await.expect("a row");
+    worker.wait_level(left).await;
+    let looked = format!(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'sluice' AND backend_type = 'client backend'
+             AND state = 'idle' AND query_start > '{now}')"
+    );
+    worker::wait_sql(left, 60, &looked).await;
+    rows + 1
 }
 
 /// Nothing can be written to the target until its transaction ends.

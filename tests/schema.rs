@@ -306,11 +306,11 @@ fn a_request_is_another_one_only_under_another_id() {
     for action in ["Retry", "Cancel"] {
         refused(
             mirror_rules(&asked(json!({"id": "a", "action": action, "tables": ["users"]}))),
-            "tables goes with Resync and ResetSequences",
+            "tables goes with Resync, ResetSequences and Verify",
         );
     }
     let (_, action) = all_nodes().into_iter().find(|(path, _)| path == "Mirror.spec.request.action").expect("the action");
-    assert_eq!(action["enum"], json!(["Retry", "Resync", "ResetSequences", "Cancel"]), "only what works");
+    assert_eq!(action["enum"], json!(["Retry", "Resync", "ResetSequences", "Verify", "Cancel"]), "only what works");
 }
 
 #[test]

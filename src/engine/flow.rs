@@ -154,7 +154,7 @@ where
         ended = Box::pin(follow(&**source, ready, config.limits, progress, &end, &related)) => ended,
         error = Box::pin(copy_beside(&job, &pending, copies, &end.finish)) => Err(error),
         never = relate(&**target, &claim, &tables, progress, &related) => match never {},
-        never = attend(&**target, &claim, progress) => match never {},
+        never = attend(&**source, &**target, &claim, &tables, progress) => match never {},
     }
 }
 

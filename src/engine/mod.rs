@@ -34,6 +34,7 @@ pub mod startup;
 mod stream;
 pub mod structure;
 pub mod table;
+pub mod verify;
 
 #[cfg(test)]
 pub(crate) mod testing;

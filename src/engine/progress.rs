@@ -2,6 +2,7 @@
 
 use super::latency::Latency;
 use super::position::Position;
+use super::request::verified::Verification;
 use super::request::{Request, RequestRecord, next};
 use super::retention::Retention;
 use super::roles::{Applied, ApplyMode, Checkpoint, LogLoad};
@@ -82,6 +83,8 @@ pub struct View {
     pub retention: Option<Retention>,
     /// What is recorded of requests, the newest first; `None` before a claim has read it.
     pub requests: Option<Vec<RequestRecord>>,
+    /// What the last comparison has found.
+    pub verification: Option<Verification>,
 }
 
 #[derive(Debug, Default)]
@@ -187,6 +190,7 @@ impl Progress {
             confirmed: old.view.confirmed,
             retention: old.view.retention,
             requests: old.view.requests,
+            verification: old.view.verification,
             ..View::default()
         };
         state.tables = old.tables;
@@ -248,6 +252,11 @@ impl Progress {
     /// Shows what is recorded of requests.
     pub(super) fn set_requests(&self, records: Vec<RequestRecord>) {
         self.state().view.requests = Some(records);
+    }
+
+    /// Shows what a comparison has found so far.
+    pub(super) fn set_verification(&self, verification: Verification) {
+        self.state().view.verification = Some(verification);
     }
 
     /// From now on a request waits for the next session.

@@ -8,6 +8,7 @@
 pub(super) mod attend;
 mod plan;
 pub(super) mod take;
+pub mod verified;
 
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState};
@@ -25,12 +26,14 @@ pub enum Action {
     Resync,
     /// Set sequences of the target to the values of the source.
     ResetSequences,
+    /// Compare the rows of both sides.
+    Verify,
     /// End the request before it.
     Cancel,
 }
 
 impl Action {
-    const ALL: [Self; 4] = [Self::Retry, Self::Resync, Self::ResetSequences, Self::Cancel];
+    const ALL: [Self; 5] = [Self::Retry, Self::Resync, Self::ResetSequences, Self::Verify, Self::Cancel];
 
     /// The word in spec, record and status.
     #[must_use]
@@ -39,6 +42,7 @@ impl Action {
             Self::Retry => "Retry",
             Self::Resync => "Resync",
             Self::ResetSequences => "ResetSequences",
+            Self::Verify => "Verify",
             Self::Cancel => "Cancel",
         }
     }

@@ -8,6 +8,7 @@ use super::request::{RequestChange, RequestRecord, RequestState};
 use super::retention::{Lost, Retention};
 use super::structure::SequenceValue;
 use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
+use super::verify::{Compare, Incomparable};
 use bytes::Bytes;
 use futures::Stream;
 use std::collections::{HashMap, HashSet};
@@ -197,7 +198,7 @@ pub trait Source: Send + Sync + 'static {
     /// position on that timeline is valid up to there.
     fn left_timeline_at(&self, timeline: i64) -> impl Future<Output = Result<Option<Self::Position>>> + Send;
 
-    /// Where the log ends now.
+    /// Where the log ends now. What was committed before the call ends before.
     fn head(&self) -> impl Future<Output = Result<Self::Position>> + Send;
 
     /// Writes a marker into the log, so that an idle source moves on.
@@ -205,6 +206,11 @@ pub trait Source: Send + Sync + 'static {
 
     /// How far the sequences of a table are now. Read after its rows, so that no value in them comes again.
     fn sequence_values(&self, table: &MappedTable) -> impl Future<Output = Result<Vec<SequenceValue>>> + Send;
+
+    /// The rows of its tables, for a comparison; `None` where they can't be compared.
+    fn compare(&self) -> Option<impl Compare + 'static> {
+        None::<Incomparable>
+    }
 
     /// What is kept of the log for this stream; `None` when the source can't tell.
     fn retention(&self) -> impl Future<Output = Result<Option<Retention>>> + Send {
@@ -490,6 +496,11 @@ pub trait Target: Send + Sync + 'static {
         _message: &str,
     ) -> impl Future<Output = Result<Vec<RequestRecord>>> + Send {
         std::future::ready(Err(no_requests()))
+    }
+
+    /// The rows of its tables, for a comparison; `None` where they can't be compared.
+    fn compare(&self) -> Option<impl Compare + 'static> {
+        None::<Incomparable>
     }
 }
 

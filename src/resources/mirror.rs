@@ -261,7 +261,7 @@ pub enum UpdatePolicy {
 /// A one-off action, done once per id.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.tables) || self.action in ['Resync', 'ResetSequences']").message("tables goes with Resync and ResetSequences").field_path(".tables"))]
+#[x_kube(validation = Rule::new("!has(self.tables) || self.action in ['Resync', 'ResetSequences', 'Verify']").message("tables goes with Resync, ResetSequences and Verify").field_path(".tables"))]
 pub struct Request {
     /// Chosen by you, for example a date. Another id is another request; one that was used is not done again.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[A-Za-z0-9]([-A-Za-z0-9._]*[A-Za-z0-9])?$"))]
@@ -284,6 +284,8 @@ pub enum RequestAction {
     Resync,
     /// Set sequences of the target to the source's present values.
     ResetSequences,
+    /// Compare the rows of source and target while both change; what was found is in `status.verification`.
+    Verify,
     /// End the request before it.
     Cancel,
 }
@@ -296,6 +298,7 @@ impl RequestAction {
             Self::Retry => Action::Retry,
             Self::Resync => Action::Resync,
             Self::ResetSequences => Action::ResetSequences,
+            Self::Verify => Action::Verify,
             Self::Cancel => Action::Cancel,
         };
         action.as_str()

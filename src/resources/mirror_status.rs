@@ -84,6 +84,48 @@ pub struct RequestStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
+/// What a comparison of source and target has found.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema, Default)]
+#[serde(rename_all = "camelCase")]
+pub struct VerificationStatus {
+    /// Id of the request.
+    pub request: String,
+    /// Tables that were compared, of those that are to be.
+    pub tables: String,
+    /// Rows of the source that were compared.
+    pub rows: i64,
+    /// Rows that differ.
+    pub differences: i64,
+    /// Rows of which nothing is known, since they changed each time that they were looked at.
+    #[serde(default)]
+    pub undecided: i64,
+    /// More rows may differ than were looked at.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub more: bool,
+    /// Tables that were left out, since they do not follow the stream.
+    #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
+    /// The first rows that differ.
+    #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub examples: Vec<DifferentRow>,
+    /// When it was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Time>,
+}
+/// A row that differs.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DifferentRow {
+    /// Table of the source.
+    pub table: String,
+    /// The columns that name the row, as text. Of rows without a name: a hash of the row.
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
+    pub key: Vec<String>,
+    /// `Missing`: the target does not have it. `Unexpected`: only the target has it. `Other`: columns differ.
+    pub difference: String,
+}
 /// Observed state of a Mirror.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema, Default)]
 #[serde(rename_all = "camelCase")]
@@ -150,6 +192,9 @@ pub struct MirrorStatus {
     #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub request_history: Vec<RequestStatus>,
+    /// What the last comparison has found, or has found so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verification: Option<VerificationStatus>,
     /// Last error, without secrets.
     #[schemars(length(max = 1024))]
     #[serde(default, skip_serializing_if = "Option::is_none")]

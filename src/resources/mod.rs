@@ -16,4 +16,4 @@ pub use mirror::{
     DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Request, RequestAction, Schema, Snapshot, Stream, Table, TableName,
     TargetTriggers, UpdatePolicy, WalBudget, WalBudgetAction, Worker,
 };
-pub use mirror_status::{MirrorStatus, Position, RequestStatus, Retention, TableCounts, WorkerStatus};
+pub use mirror_status::{DifferentRow, MirrorStatus, Position, RequestStatus, Retention, TableCounts, VerificationStatus, WorkerStatus};

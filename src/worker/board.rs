@@ -1,14 +1,16 @@
 //! What the worker knows about itself, shared by the loop that writes it and the HTTP server that shows it.
 
-use super::contract::{Desired, Failure, Notice, Phase, RequestReport, Retention, Status, VERSION};
+use super::contract::{Desired, DifferentRow, Failure, Notice, Phase, RequestReport, Retention, Status, VERSION, Verification};
 use super::credentials::Redactor;
 use super::plan::budget;
 use super::supervise::State;
 use crate::engine::error::{Class, Error, reason};
 use crate::engine::progress::{self, Progress, View};
-use crate::engine::request::RequestRecord;
+use crate::engine::request::{RequestRecord, verified};
 use crate::engine::retention;
 use crate::engine::roles::{self, LogLoad};
+use crate::engine::table::QualifiedName;
+use crate::engine::verify::{Difference, Key};
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,10 @@ use std::time::{Duration, Instant, SystemTime};
 const TABLE_ERRORS: usize = 20;
 /// Requests that a status document tells of.
 const REQUESTS: usize = 11;
+/// Tables that a comparison has left out and that are shown.
+const LEFT_OUT: usize = 10;
+/// Characters of a key's column that are shown.
+const KEY_CHARACTERS: usize = 128;
 /// The event loop turns at least once a second; when it has not for so long, the process is of no use any more.
 const HEARTBEAT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -176,6 +182,7 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
     let (spill_bytes, spill_limit_bytes) = (bytes(|load| load.spilled), bytes(|load| load.spill_limit));
     let table_errors = view.table_errors.into_iter().take(TABLE_ERRORS);
     let requests = view.requests.map(|records| requests(&records, desired, &clean));
+    let verification = view.verification.as_ref().map(|found| verification(found, &clean));
     Status {
         contract: VERSION,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -208,6 +215,7 @@ fn status(pod: &str, desired: &Desired, facts: &Facts, view: View) -> Status {
         retention,
         notice,
         requests,
+        verification,
         error: failure(facts),
     }
 }
@@ -233,7 +241,6 @@ fn notice(notice: &roles::Notice) -> Notice {
 fn requests(records: &[RequestRecord], desired: &Desired, clean: &dyn Fn(String) -> String) -> Vec<RequestReport> {
     let is_asked = |record: &RequestRecord| desired.request.as_ref().is_some_and(|asked| asked.id == record.id);
     let shown = records.iter().enumerate().filter(|(number, record)| *number < REQUESTS || is_asked(record));
-    let time = |time: SystemTime| Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default();
     let report = |record: &RequestRecord| RequestReport {
         id: record.id.clone(),
         action: record.action.clone(),
@@ -244,6 +251,32 @@ fn requests(records: &[RequestRecord], desired: &Desired, clean: &dyn Fn(String)
         message: clean(record.message.clone()),
     };
     shown.map(|(_, record)| report(record)).collect()
+}
+
+/// As RFC 3339.
+fn time(time: SystemTime) -> String {
+    Timestamp::try_from(time).map(|time| time.to_string()).unwrap_or_default()
+}
+
+fn verification(found: &verified::Verification, clean: &dyn Fn(String) -> String) -> Verification {
+    let short = |value: &String| clean(value.chars().take(KEY_CHARACTERS).collect());
+    let row = |(table, key, difference): &(QualifiedName, Key, Difference)| DifferentRow {
+        table: table.to_string(),
+        key: key.iter().map(short).collect(),
+        difference: difference.as_str().to_owned(),
+    };
+    Verification {
+        request: found.request.clone(),
+        tables: found.tables as u64,
+        of: found.of as u64,
+        left_out: found.left_out.iter().take(LEFT_OUT).map(ToString::to_string).collect(),
+        rows: found.rows,
+        differences: found.differences,
+        undecided: found.undecided,
+        more: found.more,
+        examples: found.examples.iter().map(row).collect(),
+        finished_at: found.finished_at.map(time),
+    }
 }
 
 /// A session's failure comes first; a document that is not taken is told when nothing else is wrong.

@@ -333,6 +333,9 @@ pub struct Status {
     /// them. Absent before a claim has read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests: Option<Vec<RequestReport>>,
+    /// What the last comparison has found, or has found so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verification: Option<Verification>,
     /// Last failure, until it has passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
@@ -358,6 +361,49 @@ pub struct RequestReport {
     pub finished_at: Option<String>,
     /// For people, without secrets.
     pub message: String,
+}
+
+/// A comparison of source and target.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Verification {
+    /// Id of the request.
+    pub request: String,
+    /// Tables that were compared.
+    pub tables: u64,
+    /// Tables that are to be compared.
+    pub of: u64,
+    /// Tables that were left out, since they do not follow the stream; at most 10.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
+    /// Rows of the source that were compared.
+    pub rows: u64,
+    /// Rows that differ.
+    pub differences: u64,
+    /// Rows of which nothing is known, since they changed each time that they were looked at.
+    #[serde(default)]
+    pub undecided: u64,
+    /// More rows may differ than were looked at.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub more: bool,
+    /// The first rows that differ; at most 10.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub examples: Vec<DifferentRow>,
+    /// When it was over, as RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+}
+
+/// A row that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DifferentRow {
+    /// Table of the source.
+    pub table: String,
+    /// The columns that name the row, as text; each at most 128 characters.
+    pub key: Vec<String>,
+    /// Missing, Unexpected, Other.
+    pub difference: String,
 }
 
 /// A slot as the source sees it.

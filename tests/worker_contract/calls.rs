@@ -5,7 +5,7 @@ use crate::support::eventually;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use sluice::worker::contract::{BODY_LIMIT, Failure, Notice, Phase, RequestReport, Retention, Status};
+use sluice::worker::contract::{BODY_LIMIT, DifferentRow, Failure, Notice, Phase, RequestReport, Retention, Status, Verification};
 use sluice::worker::supervise::Exit;
 use sluice::worker::token::{SigningKey, sign};
 use std::net::SocketAddr;
@@ -180,6 +180,18 @@ fn the_status_document_is_as_written_down() {
             safe_wal_size: Some(-1),
         }),
         notice: Some(Notice { reason: "SpillFull".to_owned(), message: "no room".to_owned() }),
+        verification: Some(Verification {
+            request: "v".into(),
+            tables: 1,
+            of: 2,
+            left_out: vec!["public.c".into()],
+            rows: 10,
+            differences: 1,
+            undecided: 1,
+            more: true,
+            examples: vec![DifferentRow { table: "public.a".into(), key: vec!["7".into()], difference: "Missing".into() }],
+            finished_at: None,
+        }),
         requests: Some(vec![RequestReport {
             id: "a".to_owned(),
             action: "Resync".to_owned(),
@@ -197,6 +209,8 @@ fn the_status_document_is_as_written_down() {
             retry_in_seconds: Some(4),
         }),
     };
+    let verification = json!({"request": "v", "tables": 1, "of": 2, "leftOut": ["public.c"], "rows": 10, "differences": 1, "undecided": 1,
+        "more": true, "examples": [{"table": "public.a", "key": ["7"], "difference": "Missing"}]});
     let full = json!({
         "contract": 1, "version": "0.1.0", "generation": 3, "pod": "users-0", "phase": "CatchingUp", "epoch": 2,
         "slot": "sluice_users", "publication": "sluice_users",
@@ -208,6 +222,7 @@ fn the_status_document_is_as_written_down() {
         "notice": {"reason": "SpillFull", "message": "no room"},
         "requests": [{"id": "a", "action": "Resync", "isFullResync": true, "state": "Failed", "startedAt": "2026-01-01T00:00:00Z",
             "finishedAt": "2026-01-01T00:00:01Z", "message": "why"}],
+        "verification": verification,
         "error": {"class": "Retry", "reason": "SourceUnreachable", "message": "no route", "count": 2, "retryInSeconds": 4},
     });
     assert_eq!(serde_json::to_value(&status).unwrap(), full);

@@ -7,6 +7,7 @@ pub mod applier;
 pub mod catalog;
 pub mod checkpoint;
 pub mod cleanup;
+pub mod compare;
 pub mod connect;
 pub mod ddl;
 pub mod endpoint;

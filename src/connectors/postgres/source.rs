@@ -2,6 +2,7 @@
 
 use super::catalog;
 use super::catalog::rules::Server;
+use super::compare::PostgresCompare;
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
 use super::log::{LogConfig, PostgresLog, StreamingPause};
@@ -19,6 +20,7 @@ use crate::engine::roles::{BatchLimits, Fed, LogState, Proof, Selection, Source,
 use crate::engine::spill::Room;
 use crate::engine::structure::SequenceValue;
 use crate::engine::table::{MappedTable, QualifiedName};
+use crate::engine::verify::Compare;
 use std::future::Future;
 use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
@@ -381,7 +383,8 @@ impl Source for PostgresSource {
 
     async fn head(&self) -> Result<Lsn> {
         let session = self.session().await?;
-        let row = answer(Side::Source, "ask for the end of the log", session.query_one("SELECT pg_current_wal_lsn()::text", &[])).await?;
+        let row =
+            answer(Side::Source, "ask for the end of the log", session.query_one("SELECT pg_current_wal_insert_lsn()::text", &[])).await?;
         session.keep();
         row.get::<_, &str>(0).parse().map_err(|error| Error::bug(format!("the end of the log: {error}")))
     }
@@ -401,6 +404,10 @@ impl Source for PostgresSource {
         let values = catalog::structure::sequence_values(&session, table).await?;
         session.keep();
         Ok(values)
+    }
+
+    fn compare(&self) -> Option<impl Compare + 'static> {
+        Some(PostgresCompare::new(self.endpoint.clone(), Side::Source))
     }
 
     async fn retention(&self) -> Result<Option<Retention>> {

@@ -4,6 +4,7 @@ mod check;
 
 use super::applier::{PostgresApplier, Prepared};
 use super::checkpoint::{Claim, claim, requests, schema};
+use super::compare::PostgresCompare;
 use super::connect::{Session, Side, connect};
 use super::ddl;
 use super::endpoint::Endpoint;
@@ -22,6 +23,7 @@ use crate::engine::roles::{
 };
 use crate::engine::structure::SequenceValue;
 use crate::engine::table::{Column, MappedTable};
+use crate::engine::verify::Compare;
 use futures::StreamExt as _;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -269,6 +271,10 @@ impl Target for PostgresTarget {
             Ok(records)
         })
         .await
+    }
+
+    fn compare(&self) -> Option<impl Compare + 'static> {
+        Some(PostgresCompare::new(self.endpoint.clone(), Side::Target))
     }
 }
 

@@ -1,10 +1,12 @@
 //! Sees to the end of what is under way while the stream goes on.
 
+use super::verified::compare;
 use super::{Action, RequestRecord, RequestState};
+use crate::engine::error::Class;
 use crate::engine::progress::Progress;
 use crate::engine::retry::Backoff;
-use crate::engine::roles::{Claim, Target};
-use crate::engine::table::{QualifiedName, TableState};
+use crate::engine::roles::{Claim, Source, Target};
+use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -14,11 +16,33 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// Ends each request that is under way when what it asks for is reached. Never ends itself, so that the stream's end is the
 /// session's.
-pub(in crate::engine) async fn attend<T: Target>(target: &T, claim: &Claim, progress: &Progress) -> Infallible {
+pub(in crate::engine) async fn attend<S, T>(
+    source: &S,
+    target: &T,
+    claim: &Claim,
+    tables: &[MappedTable],
+    progress: &Progress,
+) -> Infallible
+where
+    S: Source,
+    T: Target<Position = S::Position>,
+{
     let mut backoff = Backoff::new(claim.epoch.unsigned_abs());
     loop {
-        let running = progress.view().requests.into_iter().flatten().filter(RequestRecord::is_running);
-        let reached = running.filter_map(|record| Some((outcome(&record, progress)?, record))).next();
+        let running: Vec<RequestRecord> = progress.view().requests.into_iter().flatten().filter(RequestRecord::is_running).collect();
+        let mut reached = running.iter().find_map(|record| Some((outcome(record, progress)?, record)));
+        if let Some(record) = running.iter().find(|record| record.action == Action::Verify.as_str()).filter(|_| progress.view().streaming) {
+            // Seldom, and large: it should not make every session's future as large.
+            match Box::pin(compare(source, target, record, tables, progress)).await {
+                Ok(outcome) => reached = Some((outcome, record)),
+                Err(error) if error.class == Class::Retry => {
+                    tracing::info!(%error, id = record.id, "the comparison begins anew");
+                    tokio::time::sleep(backoff.next(error.class)).await;
+                    continue;
+                }
+                Err(error) => reached = Some(((RequestState::Failed, error.to_string()), record)),
+            }
+        }
         let Some(((state, message), record)) = reached else {
             tokio::time::sleep(LOOK).await;
             continue;
@@ -38,6 +62,7 @@ fn outcome(record: &RequestRecord, progress: &Progress) -> Option<(RequestState,
     let states = progress.table_states();
     match Action::parse(&record.action)? {
         Action::Resync => resynced(record, &states),
+        Action::Verify => None,
         _ if !progress.view().streaming => None,
         Action::Retry => {
             let failed = in_error(states.keys(), &states);

@@ -76,7 +76,7 @@ fn left<P: Position>(record: &RequestRecord, facts: &Facts<'_, '_, P>) -> Option
         },
         // What they do was done when they were recorded.
         Action::ResetSequences | Action::Cancel => end(RequestState::Succeeded, record.message.clone()),
-        Action::Resync => match facts.start {
+        Action::Resync | Action::Verify => match facts.start {
             Err(error) if error.class == Class::Stop => end(RequestState::Failed, error.to_string()),
             Ok(Start::Anew { .. }) if !record.is_full_resync() => end(RequestState::Failed, "all tables are copied again".to_owned()),
             _ => None,
@@ -98,6 +98,10 @@ fn outcome<'a, P: Position>(request: &Request, facts: &Facts<'a, '_, P>) -> Opti
     Some(match request.action {
         Action::Resync => resync(request, facts, start),
         Action::ResetSequences => reset_sequences(request, facts),
+        Action::Verify => match named(&request.tables, facts.tables) {
+            Ok(tables) => (RequestState::Running, format!("{} tables are to be compared", tables.len()), Effect::Nothing),
+            Err(unknown) => over(RequestState::Failed, unknown_tables(&unknown)),
+        },
         Action::Retry | Action::Cancel => over(RequestState::Running, "a session begins at once; slot and position are kept"),
     })
 }
@@ -165,13 +169,17 @@ fn cancel<'a, P: Position>(facts: &Facts<'a, '_, P>, open: Option<&RequestRecord
         let message = format!("request {} has begun the stream anew: there is nothing to go back to", record.id);
         return (over(RequestState::Failed, message), None);
     };
-    let is_its = |table: &&MappedTable| record.is_about(table.source());
+    // A comparison has changed nothing.
+    let changes_tables = record.action == Action::Resync.as_str();
+    let is_its = |table: &&MappedTable| changes_tables && record.is_about(table.source());
     let changes: Vec<_> =
         facts.tables.iter().filter(is_its).filter_map(|table| put_back(checkpoint, table, known(checkpoint, table)?)).collect();
     let cut_off: Vec<_> =
         changes.iter().filter(|change| change.state == TableState::Error).map(|change| change.table.source().to_string()).collect();
     let stopped = if cut_off.is_empty() { String::new() } else { format!("; stopped, until a Resync of them: {}", cut_off.join(", ")) };
-    let message = format!("request {} was cancelled; {} tables go on as they were{stopped}", record.id, changes.len() - cut_off.len());
+    let back = changes.len() - cut_off.len();
+    let gone_on = if changes_tables { format!("; {back} tables go on as they were") } else { String::new() };
+    let message = format!("request {} was cancelled{gone_on}{stopped}", record.id);
     let ended = (record.id.clone(), RequestState::Cancelled, message.clone());
     ((RequestState::Running, message, Effect::States(changes)), Some(ended))
 }
@@ -303,10 +311,27 @@ mod tests {
     }
 
     #[test]
+    fn a_comparison_goes_on_in_the_next_session_and_is_cancelled_without_a_trace() {
+        let tables = [table("a"), table("b")];
+        let known = [(&tables[0], TableState::Ready, None), (&tables[1], TableState::Copying, None)];
+        let running = record("v", Action::Verify, &[], RequestState::Running);
+        let case = Case { wanted: None, tables: &tables, claimed: claimed(5, &known, vec![running.clone()]), start: Ok(RESUME) };
+        assert!(case.plan().is_empty());
+        let cancel = request("stop", Action::Cancel, &[]);
+        let case = Case { wanted: Some(&cancel), tables: &tables, claimed: claimed(5, &known, vec![running]), start: Ok(RESUME) };
+        let change = case.plan();
+        assert_eq!(states(&change), []);
+        assert_eq!(change.ended, [("v".to_owned(), RequestState::Cancelled, "request v was cancelled".to_owned())]);
+        let unknown = request("r", Action::Verify, &["nowhere"]);
+        let case = Case { wanted: Some(&unknown), tables: &tables, claimed: claimed(5, &known, vec![]), start: Ok(RESUME) };
+        assert_eq!(case.state(), Some(RequestState::Failed));
+    }
+
+    #[test]
     fn before_the_first_copy_there_is_nothing_to_do() {
         let fresh = || Ok(Start::Fresh { drop_unfinished: false });
         let tables = [table("a")];
-        for action in [Action::Retry, Action::Resync, Action::ResetSequences, Action::Cancel] {
+        for action in Action::ALL {
             let asked = request("r", action, &[]);
             let state =
                 |epoch| Case { wanted: Some(&asked), tables: &tables, claimed: claimed(epoch, &[], vec![]), start: fresh() }.state();

@@ -13,15 +13,17 @@ use crate::engine::error::reason as engine;
 use crate::engine::request::WAY_OUT;
 use crate::operator::slim::SlimMirror;
 use crate::resources::conditions::{self, Finding, kind, reason};
-use crate::resources::{MirrorStatus, Position, Retention, TableCounts, WorkerStatus};
+use crate::resources::{DifferentRow, MirrorStatus, Position, Retention, TableCounts, VerificationStatus, WorkerStatus};
 use crate::worker::contract::{self, Failure, Notice, Phase, Status};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Longest `status.lastError`, in bytes.
 const LAST_ERROR_LIMIT: usize = 1024;
+/// Columns of a key in the status, by the schema.
+const KEY_COLUMNS: usize = 32;
 /// Longest list of tables that have failed in a message.
 const NAMED_TABLES: usize = 3;
 /// State of a table that follows.
@@ -474,7 +476,27 @@ fn progress(status: MirrorStatus, said: &Status) -> MirrorStatus {
         rows_copied: Some(signed(said.rows_copied)).filter(|_| has_counts).or(status.rows_copied),
         rows_streamed: Some(signed(said.rows_streamed)).filter(|_| has_counts).or(status.rows_streamed),
         apply_mode: said.apply_mode.clone().or(status.apply_mode),
+        verification: said.verification.as_ref().map(verification).or(status.verification),
         ..status
+    }
+}
+
+fn verification(said: &contract::Verification) -> VerificationStatus {
+    let row = |row: &contract::DifferentRow| DifferentRow {
+        table: row.table.clone(),
+        key: row.key.iter().take(KEY_COLUMNS).cloned().collect(),
+        difference: row.difference.clone(),
+    };
+    VerificationStatus {
+        request: said.request.clone(),
+        tables: format!("{}/{}", said.tables, said.of),
+        rows: signed(said.rows),
+        differences: signed(said.differences),
+        undecided: signed(said.undecided),
+        more: said.more,
+        left_out: said.left_out.clone(),
+        examples: said.examples.iter().map(row).collect(),
+        finished_at: said.finished_at.as_ref().and_then(|time| time.parse().ok()).map(Time),
     }
 }
 
