@@ -27,6 +27,8 @@ fn table(id: u32, name: &str, identity: Identity) -> MappedTable {
         not_null: *name == "id",
         generated: None,
         collation: None,
+        number: 0,
+        modifier: -1,
     };
     let version = TableVersion {
         id,
@@ -46,6 +48,7 @@ fn table(id: u32, name: &str, identity: Identity) -> MappedTable {
         estimated_rows: 0,
         blocks: 0,
         structure: Default::default(),
+        lineage: Default::default(),
     }
 }
 

@@ -4,6 +4,7 @@
 //! copied beside the stream, and the next one follows them from where their copies stand. Nothing learned from the target in one
 //! session is used in the next: each begins with a claim and reads the checkpoint.
 
+use super::altered::{as_held, as_published};
 use super::copy::{CopyJob, copy_tables};
 use super::error::{Class, Error, Result, reason};
 use super::handover::Handover;
@@ -11,7 +12,7 @@ use super::pending::{Pending, copy_beside};
 use super::progress::{Phase, Progress};
 use super::register::Register as _;
 use super::request::{Request, attend::attend, take::Stage, take::take, wants_all};
-use super::resume::{Switch, resume};
+use super::resume::{Mapped, Switch, resume};
 use super::retention::{self, Action, Budget};
 use super::retry::Backoff;
 use super::roles::{Apply, BatchLimits, Claim, Claimed, Owner, Selection, Snapshot as _, Source, StreamKey, Target};
@@ -39,6 +40,8 @@ pub struct StreamConfig {
     pub snapshot: SnapshotConfig,
     /// Limits of one batch.
     pub limits: BatchLimits,
+    /// Target tables are altered as those of the source are; otherwise the stream stops.
+    pub follow_schema: bool,
     /// What people ask for.
     pub request: Option<Request>,
     /// How much log the source may keep for the stream.
@@ -151,7 +154,7 @@ where
     let end = Stop { finish: stop.finish.child_token(), now: stop.now.clone() };
     tokio::select! {
         biased;
-        ended = Box::pin(follow(&**source, ready, config.limits, progress, &end, &related)) => ended,
+        ended = Box::pin(follow(&**source, ready, config, progress, &end, &related)) => ended,
         error = Box::pin(copy_beside(&job, &pending, copies, &end.finish)) => Err(error),
         never = relate(&**target, &claim, &tables, progress, &related) => match never {},
         never = attend(&**source, &**target, &claim, &tables, progress) => match never {},
@@ -234,6 +237,7 @@ where
     progress.set_requests(claimed.requests.clone());
     let (tables, fed) = mapped?;
     let checkpoint = claimed.checkpoint.as_ref();
+    let mut held_tables = as_held(&mut applier, &tables, checkpoint.filter(|_| source.follows_schema())).await?;
     progress.set_claim(claimed.claim.epoch, applier.mode(), checkpoint);
     let start = async {
         // Whoever has no business on this source ends nobody there. What an older worker was about to do there may come before
@@ -242,7 +246,7 @@ where
         source.take(&mut applier).await?;
         begin(&**source, &identity.timeline, config, &claimed).await
     };
-    let (notes, start) = future::join(target.check(&identity, &tables, &fed), start).await;
+    let (notes, start) = future::join(target.check(&identity, &held_tables, &fed), start).await;
     progress.add_notes(notes?);
     let stage = Stage { source: &**source, tables: &tables, wanted: config.request.as_ref(), may_copy: config.snapshot.enabled };
     let start = Box::pin(take(stage, &mut applier, &mut claimed, start)).await;
@@ -258,6 +262,7 @@ where
         Start::Again => {
             progress.begin_copy(0, 0);
             applier.start_over().await?;
+            held_tables.clone_from(&tables);
             Box::pin(fresh(&job, &mut applier, &tables, identity.timeline, false)).await?
         }
         Start::From(position) => {
@@ -273,13 +278,23 @@ where
             // `begin` resumes only from a checkpoint.
             let checkpoint = checkpoint.ok_or_else(|| Error::bug("a stream without checkpoint was resumed"))?;
             let switch = left_at.map(|left_at| Switch { left_at, timeline: identity.timeline });
+            for (held, table) in held_tables.iter_mut().zip(&tables) {
+                let known = checkpoint.tables.get(table.source());
+                let is_undone = |known| switch.as_ref().is_some_and(|switch| switch.undoes(known));
+                if known.is_none_or(|known| !known.follows() || is_undone(known)) {
+                    // It is copied anew, as it is now.
+                    held.clone_from(table);
+                }
+            }
+            let published: Vec<MappedTable> = tables.iter().zip(&held_tables).map(as_published).collect();
+            let mapped = Mapped { tables: &held_tables, as_published: &published };
             let handover;
-            (handover, pending) = Box::pin(resume(&job, &mut applier, &tables, checkpoint, position, switch.as_ref())).await?;
+            (handover, pending) = Box::pin(resume(&job, &mut applier, mapped, checkpoint, position, switch.as_ref())).await?;
             handover
         }
     };
     let beside_copy = !pending.is_empty();
-    let followed: Vec<MappedTable> = tables.into_iter().filter(|table| !pending.holds(table)).collect();
+    let followed: Vec<MappedTable> = held_tables.into_iter().filter(|table| !pending.holds(table)).collect();
     applier.prepare(&followed).await?;
     Ok(SetUp { ready: ReadyStream { tables: followed, handover, applier, beside_copy }, pending, claim: claimed.claim })
 }

@@ -9,6 +9,7 @@
 //! The pure parts ([`batch`], [`coalesce`], [`handover`], [`startup`], [`retry`]) do no I/O; connectors implement the
 //! [`roles`]; [`flow`] puts them together.
 
+mod altered;
 pub mod batch;
 pub mod budget;
 pub mod coalesce;
@@ -23,6 +24,7 @@ pub mod latency;
 mod pending;
 pub mod position;
 pub mod progress;
+pub mod recorded;
 pub mod register;
 pub mod request;
 mod resume;

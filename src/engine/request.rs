@@ -273,6 +273,6 @@ mod tests {
     fn words_are_read_back() {
         assert!(Action::ALL.iter().all(|action| Action::parse(action.as_str()) == Some(*action)));
         assert!(RequestState::ALL.iter().all(|state| RequestState::parse(state.as_str()) == Some(*state)));
-        assert_eq!((Action::parse("Verify"), RequestState::parse("Pending")), (None, None));
+        assert_eq!((Action::parse("Adopt"), RequestState::parse("Pending")), (None, None));
     }
 }

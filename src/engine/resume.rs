@@ -23,9 +23,18 @@ pub(super) struct Switch<P> {
 
 impl<P: Position> Switch<P> {
     /// A table that is catching up lies ahead of the checkpoint: its copy may hold what the new timeline never had.
-    fn undoes(&self, table: &TableCheckpoint<P>) -> bool {
+    pub fn undoes(&self, table: &TableCheckpoint<P>) -> bool {
         table.is_copied() && table.position.as_ref().is_some_and(|own| !matches!(own.partial_cmp(&self.left_at), Some(Less | Equal)))
     }
+}
+
+/// Mapped tables in two forms.
+#[derive(Clone, Copy)]
+pub(super) struct Mapped<'a> {
+    /// As the target holds them.
+    pub tables: &'a [MappedTable],
+    /// As they are to be published.
+    pub as_published: &'a [MappedTable],
 }
 
 /// What a checkpoint says of the tables that are mapped now.
@@ -54,7 +63,7 @@ fn sort_tables<'a, P: Position>(
         match known {
             Some(known) if known.state == TableState::Error => sorted.left.push(table),
             Some(known) if switch.is_some_and(|switch| switch.undoes(known)) => sorted.to_copy.push(table),
-            Some(known) if known.is_copied() && known.columns == table.signature() => {
+            Some(known) if known.is_copied() && table.is_recorded_as(&known.columns) => {
                 if !published.contains(table.source()) {
                     sorted.left.push(table);
                     continue;
@@ -75,7 +84,7 @@ fn sort_tables<'a, P: Position>(
 pub(super) async fn resume<S, T>(
     job: &CopyJob<'_, S, T>,
     applier: &mut T::Applier,
-    tables: &[MappedTable],
+    Mapped { tables, as_published }: Mapped<'_>,
     checkpoint: &Checkpoint<S::Position>,
     position: S::Position,
     switch: Option<&Switch<S::Position>>,
@@ -113,7 +122,7 @@ where
         applier.set_timeline(switch.timeline).await?;
     }
     let remaining: Vec<MappedTable> =
-        tables.iter().filter(|table| !sorted.left.iter().any(|left| left.source() == table.source())).cloned().collect();
+        as_published.iter().filter(|table| !sorted.left.iter().any(|left| left.source() == table.source())).cloned().collect();
     job.source.publish(&remaining, &published).await?;
     report_known(job.progress, &sorted);
     for table in &sorted.left {

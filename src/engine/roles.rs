@@ -1,13 +1,13 @@
 //! What a connector offers: small roles, each implemented by the systems that can.
 
 use super::batch::Part;
-use super::error::{Error, Result};
+use super::error::{Error, Result, reason};
 use super::position::Position;
 use super::register::{Reached, Register};
 use super::request::{RequestChange, RequestRecord, RequestState};
 use super::retention::{Lost, Retention};
 use super::structure::SequenceValue;
-use super::table::{MappedTable, QualifiedName, TableState, TableVersion};
+use super::table::{Altered, MappedTable, QualifiedName, TableState, TableVersion};
 use super::verify::{Compare, Incomparable};
 use bytes::Bytes;
 use futures::Stream;
@@ -207,6 +207,26 @@ pub trait Source: Send + Sync + 'static {
     /// How far the sequences of a table are now. Read after its rows, so that no value in them comes again.
     fn sequence_values(&self, table: &MappedTable) -> impl Future<Output = Result<Vec<SequenceValue>>> + Send;
 
+    /// Whether [`Self::look`] can tell what has become of an altered table. Otherwise such a table needs a new copy.
+    fn follows_schema(&self) -> bool {
+        false
+    }
+
+    /// What has become of a table that the target holds as `known` and the log now describes as `described`; `None`: it has not been
+    /// altered. Asked after a transaction that has written rows under that description was received. `applied`: everything up to
+    /// there is on the target.
+    ///
+    /// # Errors
+    /// Class `Stop`, [`super::error::reason::SCHEMA_CHANGED`]: it can't be told from log and catalog.
+    fn look(
+        &self,
+        _known: &MappedTable,
+        _described: &TableVersion,
+        _applied: &Self::Position,
+    ) -> impl Future<Output = Result<Option<Altered>>> + Send {
+        std::future::ready(Ok(None))
+    }
+
     /// The rows of its tables, for a comparison; `None` where they can't be compared.
     fn compare(&self) -> Option<impl Compare + 'static> {
         None::<Incomparable>
@@ -338,6 +358,12 @@ pub struct TableCheckpoint<P> {
 }
 
 impl<P> TableCheckpoint<P> {
+    /// The stream's changes of it are applied, or will be.
+    #[must_use]
+    pub fn follows(&self) -> bool {
+        matches!(self.state, TableState::CatchingUp | TableState::Ready)
+    }
+
     /// All rows of its copy are there, as of a known position.
     #[must_use]
     pub fn is_copied(&self) -> bool {
@@ -549,6 +575,26 @@ pub trait Apply: Proof + Register + 'static {
     /// Reads what is needed to write these tables: target columns, unique indexes, statements. Called before the first
     /// [`Self::apply`] and when the set of tables changes.
     fn prepare(&mut self, tables: &[MappedTable]) -> impl Future<Output = Result<()>> + Send;
+
+    /// Whether the target table is there.
+    fn has_target(&mut self, _table: &MappedTable) -> impl Future<Output = Result<bool>> + Send {
+        std::future::ready(Ok(true))
+    }
+
+    /// Drops the target of a table whose copy was not finished, if the stream has made it: it is no longer what the copy needs.
+    fn discard(&mut self, _table: &MappedTable) -> impl Future<Output = Result<()>> + Send {
+        std::future::ready(Ok(()))
+    }
+
+    /// Makes the target of a table what the altered one takes, in the target transaction of the next part: the one that is open, or a
+    /// new one. Called when nothing is in flight. `follow`: it may alter the target; otherwise it only says what is missing.
+    ///
+    /// # Errors
+    /// Class `Stop`, [`super::error::reason::SCHEMA_CHANGED`], with the statement that is needed.
+    fn adapt(&mut self, _known: &MappedTable, altered: &Altered, _follow: bool) -> impl Future<Output = Result<()>> + Send {
+        let name = altered.table.source();
+        std::future::ready(Err(Error::stop(reason::SCHEMA_CHANGED, format!("{name} was altered"))))
+    }
 
     /// Accepts a part: the changes for which `due(table id, index of the change)` says yes are written from now on, and
     /// this may return before they are. A due change under another version than the prepared one is `SchemaChanged`,

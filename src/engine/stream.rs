@@ -10,19 +10,20 @@
 //! A large transaction of the source may be written while it is open there (`early`). Its pieces stand beside all of this: nothing
 //! waits for them but the rest of their transaction.
 
+use super::altered::Versions;
 use super::batch::Part;
 use super::early::{Early, Step};
-use super::error::{Class, Error, Result};
-use super::flow::{ReadyStream, Stop};
+use super::error::{Class, Error, Result, reason};
+use super::flow::{ReadyStream, Stop, StreamConfig};
 use super::handover::Handover;
 use super::heartbeat::Heartbeat;
 use super::position::Position as _;
 use super::progress::{Phase, Progress};
 use super::register::Reached;
 use super::resume::left_publication;
-use super::roles::{Applied, Apply, BatchLimits, ChangeLog, Outcome, Source};
-use super::table::{MappedTable, TableState};
-use std::collections::VecDeque;
+use super::roles::{Applied, Apply, ChangeLog, Outcome, Source};
+use super::table::{MappedTable, TableState, TableVersion};
+use std::collections::{HashSet, VecDeque};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,6 +62,9 @@ struct Follower<'a, S: Source, A> {
     early_in_flight: VecDeque<Arc<Part<S::Position>>>,
     /// Nothing but this stream changes target tables any more: locks may be held on them for long.
     related: &'a AtomicBool,
+    /// Descriptions of tables that have been looked at.
+    versions: Versions,
+    follow_schema: bool,
     /// An idle source's position that is not in the checkpoint yet.
     idle: Option<S::Position>,
     idle_since: Instant,
@@ -94,6 +98,11 @@ async fn shown<L: ChangeLog, T>(log: &L, progress: &Progress, checkpoint: &L::Po
     }
 }
 
+/// The next session begins the transaction again, and writes nothing of its tables early.
+fn written_under_another_version() -> Error {
+    Error::retry(reason::SCHEMA_CHANGED, "a table was altered in a transaction of which rows were written before it had ended")
+}
+
 /// What made a step.
 enum Event<P> {
     Part(Arc<Part<P>>),
@@ -106,7 +115,7 @@ enum Event<P> {
 pub(super) async fn follow<S, A>(
     source: &S,
     ready: ReadyStream<S, A>,
-    limits: BatchLimits,
+    config: &StreamConfig,
     progress: &Progress,
     stop: &Stop,
     related: &AtomicBool,
@@ -120,7 +129,7 @@ where
     let log = tokio::select! {
         biased;
         () = stop.now.cancelled() => return Ok(()),
-        log = source.open(&start, &tables, limits) => log?,
+        log = source.open(&start, &tables, config.limits) => log?,
     };
     let now = Instant::now();
     let heartbeat = Heartbeat::new(handover.checkpoint().clone(), now.into_std());
@@ -138,6 +147,8 @@ where
         early: Early::default(),
         early_in_flight: VecDeque::new(),
         related,
+        versions: Versions::default(),
+        follow_schema: config.follow_schema,
         idle: None,
         idle_since: now,
         membership_checked: now,
@@ -198,8 +209,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             self.settle().await?;
         }
         if goes_on_from_early {
-            self.go_on_from_early();
+            self.go_on_from_early().await?;
         }
+        self.follow_schema(&part, goes_on_from_early).await?;
         let Self { log, progress, handover, applier, .. } = self;
         let due = |table: u32, index: usize| handover.is_due(&part, table, index);
         // It may have to wait for parts in flight.
@@ -214,6 +226,39 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             self.settle().await?;
         }
         Ok(())
+    }
+
+    /// Before rows under a new description of their table are applied the target is made what they take.
+    async fn follow_schema(&mut self, part: &Part<S::Position>, goes_on_from_early: bool) -> Result<()> {
+        let handover = &self.handover;
+        for version in self.versions.unseen(part, |table, index| handover.is_due(part, table, index)) {
+            if Box::pin(self.look(version)).await? && goes_on_from_early {
+                return Err(written_under_another_version());
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks what has become of a table, and follows it. Says whether it was altered.
+    async fn look(&mut self, version: Arc<TableVersion>) -> Result<bool> {
+        let Some(place) = self.tables.iter().position(|table| table.version.id == version.id) else { return Ok(false) };
+        let applied = self.handover.start();
+        let altered = self.source.look(&self.tables[place], &version, &applied).await?;
+        let Some(altered) = altered else {
+            let in_doubt = self.versions.is_in_doubt(version.id);
+            self.versions.looked(version, in_doubt);
+            return Ok(false);
+        };
+        self.settle().await?;
+        if let Some((attempt, _)) = self.early.end() {
+            self.drop_early();
+            self.log.early(attempt, false)?;
+        }
+        let Self { log, progress, handover, applier, tables, .. } = self;
+        shown(log, progress, handover.checkpoint(), applier.adapt(&tables[place], &altered, self.follow_schema)).await?;
+        self.versions.looked(version, altered.key_in_doubt);
+        self.tables[place] = altered.table;
+        Ok(true)
     }
 
     /// What the commit of a part makes of tables. Where nothing is written, it need not be known that they have come further.
@@ -232,7 +277,9 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
     /// else wants to change the tables. While the log is read again, what has not ended where it is read may be applied already.
     fn want_early(&mut self) {
         let may_begin = self.related.load(Ordering::Acquire) && self.handover.behind().next().is_none();
-        let joined = may_begin.then(|| self.handover.joined());
+        // One that is behind may have been altered by then.
+        let behind: HashSet<u32> = self.tables.iter().filter(|table| table.lineage.behind).map(|table| table.version.id).collect();
+        let joined = may_begin.then(|| self.handover.joined().filter(|table| !behind.contains(table)));
         let possible = self.applier.early_tables();
         let tables = joined.into_iter().flatten().filter(|table| possible.contains(table)).collect();
         if self.early.set_tables(tables) {
@@ -248,6 +295,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
                 // It may have to wait for parts in flight.
                 let Self { log, progress, handover, applier, .. } = self;
                 if shown(log, progress, handover.checkpoint(), applier.apply_early(Arc::clone(&part))).await? {
+                    self.versions.add_early(&part);
                     self.early_in_flight.push_back(part);
                     return Ok(());
                 }
@@ -267,6 +315,7 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
         self.applier.drop_early();
         self.early_in_flight.clear();
         self.early.end();
+        self.versions.end_early();
     }
 
     /// The oldest piece is over.
@@ -276,14 +325,22 @@ impl<S: Source, A: Apply<Position = S::Position>> Follower<'_, S, A> {
             return self.early.written(applied, bytes).map_or(Ok(()), |attempt| self.log.early(attempt, true));
         }
         self.early_in_flight.clear();
+        self.versions.end_early();
         self.early.end().map_or(Ok(()), |(attempt, _)| self.log.early(attempt, false))
     }
 
     /// The transaction of the pieces has ended, and its rest follows: what was written counts from now on.
-    fn go_on_from_early(&mut self) {
+    async fn go_on_from_early(&mut self) -> Result<()> {
+        for version in self.versions.end_early() {
+            let Some(table) = self.tables.iter().find(|table| table.version.id == version.id) else { continue };
+            if self.source.look(table, &version, &self.handover.start()).await?.is_some() {
+                return Err(written_under_another_version());
+            }
+        }
         if let Some((_, written)) = self.early.end() {
             self.progress.applied(written.applied, written.bytes, None);
         }
+        Ok(())
     }
 
     /// Waits until nothing is in flight.

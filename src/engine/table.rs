@@ -1,6 +1,7 @@
 //! Tables as of a position.
 
 use super::structure::Structure;
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -40,8 +41,13 @@ pub enum Identity {
 pub struct Column {
     /// Name.
     pub name: String,
+    /// The source's number for the column in its table, the same for all its life and never given again (PostgreSQL: `attnum`); 0
+    /// when it is not known.
+    pub number: i32,
     /// The source's number for the type (PostgreSQL: OID).
     pub type_id: u32,
+    /// Length, precision and the like of the type in the source's words (PostgreSQL: `atttypmod`, −1 for none).
+    pub modifier: i32,
     /// The type's schema and name in the source's catalog, for example `pg_catalog.int4`.
     pub type_name: QualifiedName,
     /// The type as declared, with its modifier, for example `numeric(12,2)`; schema-qualified where needed.
@@ -71,6 +77,18 @@ pub struct TableVersion {
     pub differs: Option<String>,
 }
 
+/// What tells one state of a source's table from another besides its columns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    /// The source's number for the primary key that names rows at any moment (PostgreSQL: the constraint's OID): one that was dropped
+    /// and made again has another.
+    pub key: Option<u32>,
+    /// The files that the rows are in: others when the table was rewritten.
+    pub storage: String,
+    /// This is what the target holds, and the source's table has been altered since: what comes first in the log decides.
+    pub behind: bool,
+}
+
 /// One mapped table: what the source has, where it goes, what it takes to make it there.
 #[derive(Clone, Debug)]
 pub struct MappedTable {
@@ -94,17 +112,22 @@ pub struct MappedTable {
     pub blocks: u64,
     /// What a table that is made on the target gets besides its columns.
     pub structure: Arc<Structure>,
+    /// Which state of the source's table this is.
+    pub lineage: Lineage,
+}
+
+/// A table that was altered on the source: what the target must be made to be, and hold.
+#[derive(Clone, Debug)]
+pub struct Altered {
+    /// As its rows come from now on.
+    pub table: MappedTable,
+    /// What the rows that are there hold in columns that have come, by number, in the source's text format; NULL when absent.
+    pub initial: HashMap<i32, String>,
+    /// Whether rows are named by the primary key is not known yet: the target keeps the one that it has.
+    pub key_in_doubt: bool,
 }
 
 impl MappedTable {
-    /// Columns with their types, as text for the checkpoint: a table whose text differs from what was copied needs a new
-    /// copy.
-    #[must_use]
-    pub fn signature(&self) -> String {
-        let column = |column: &Column| format!("{:?} {}", column.name, column.declared);
-        self.version.columns.iter().map(column).collect::<Vec<_>>().join(", ")
-    }
-
     /// Name in the source.
     #[must_use]
     pub fn source(&self) -> &QualifiedName {

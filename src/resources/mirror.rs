@@ -176,6 +176,24 @@ pub enum TargetTriggers {
     Accept,
 }
 
+/// What to do when a table is altered on the source.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
+pub enum SchemaChanges {
+    /// The target table is altered in the same way, in order with the rows. What can't be followed stops the Mirror with
+    /// `SchemaChanged` and the statement that is needed.
+    #[default]
+    Follow,
+    /// The Mirror stops with `SchemaChanged` and the statements that the target needs. It goes on when they have been run.
+    Stop,
+}
+
+impl SchemaChanges {
+    /// Not said. No CRD default on purpose: a defaulted field is owned by whoever creates the object.
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// How much of its log the source may keep for the slot.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, KubeSchema, Default)]
 #[serde(rename_all = "camelCase")]
@@ -352,6 +370,9 @@ pub struct MirrorSpec {
     /// How changes are batched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<Stream>,
+    /// What to do when a table is altered on the source.
+    #[serde(default, skip_serializing_if = "SchemaChanges::is_default")]
+    pub schema_changes: SchemaChanges,
     /// Replication slot; made from the uid when absent.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9_]+$"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]

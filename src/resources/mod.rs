@@ -13,7 +13,7 @@ pub mod names;
 pub use common::{Engine, KeyRef, LocalRef, ParamValue, Prerequisite, Reclaim, Tls, TlsMode};
 pub use connection::{Connection, ConnectionSpec, ConnectionStatus, OrphanedSlot, Source, SourceSpec, Target, TargetSpec};
 pub use mirror::{
-    DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Request, RequestAction, Schema, Snapshot, Stream, Table, TableName,
-    TargetTriggers, UpdatePolicy, WalBudget, WalBudgetAction, Worker,
+    DeletionPolicy, ExistingRows, Mirror, MirrorSpec, NarrowerTypes, Request, RequestAction, Schema, SchemaChanges, Snapshot, Stream,
+    Table, TableName, TargetTriggers, UpdatePolicy, WalBudget, WalBudgetAction, Worker,
 };
 pub use mirror_status::{DifferentRow, MirrorStatus, Position, RequestStatus, Retention, TableCounts, VerificationStatus, WorkerStatus};

@@ -58,6 +58,9 @@ pub struct Desired {
     pub snapshot: SnapshotSpec,
     /// Batches.
     pub stream: StreamSpec,
+    /// Stop when a table is altered on the source, and do not alter that of the target.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stop_at_schema_changes: bool,
     /// How much log the source may keep.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wal_budget: Option<WalBudgetSpec>,
@@ -502,6 +505,7 @@ pub(crate) mod tests {
                 apply_connections: 2,
                 accept_target_triggers: false,
             },
+            stop_at_schema_changes: false,
             wal_budget: None,
             suspend: false,
             request: None,

@@ -26,6 +26,7 @@ pub fn stream_config(desired: &Desired) -> Result<StreamConfig> {
         slot: desired.slot.clone(),
         snapshot: snapshot(&desired.snapshot)?,
         limits: limits(&desired.stream)?,
+        follow_schema: !desired.stop_at_schema_changes,
         request: desired.request.as_ref().and_then(request),
         budget: budget(desired.wal_budget.as_ref())?,
     })

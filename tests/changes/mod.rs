@@ -6,7 +6,7 @@ use sluice::engine::batch::{Batch, Boundary, CellKind, Change, Image, Op, Part};
 use sluice::engine::error::Result;
 use sluice::engine::register::Reached;
 use sluice::engine::roles::{Applied, Apply, Claim, Owner, StreamKey};
-use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
+use sluice::engine::table::{Column, Identity, Lineage, MappedTable, QualifiedName, TableVersion};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -69,6 +69,8 @@ pub fn column(text: &str) -> Column {
         not_null: key,
         generated: None,
         collation: None,
+        number: 0,
+        modifier: -1,
     }
 }
 
@@ -93,6 +95,7 @@ pub fn mapped(id: u32, name: &str, schema: &str, columns: &[&str]) -> MappedTabl
         estimated_rows: 0,
         blocks: 0,
         structure: Arc::default(),
+        lineage: Lineage::default(),
     }
 }
 

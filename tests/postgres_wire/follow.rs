@@ -7,7 +7,7 @@ use sluice::connectors::postgres::{Endpoint, Lsn};
 use sluice::engine::batch::{Batch, CellKind, Image, Op, Part};
 use sluice::engine::roles::{BatchLimits, ChangeLog as _};
 use sluice::engine::spill::Room;
-use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
+use sluice::engine::table::{Column, Identity, Lineage, MappedTable, QualifiedName, TableVersion};
 use std::collections::HashMap;
 use std::error::Error;
 use std::sync::Arc;
@@ -243,7 +243,7 @@ async fn table_contents(endpoint: &Endpoint, table: &str, binary: bool) -> Vec<R
 
 async fn columns(client: &tokio_postgres::Client, table: &str) -> Vec<Column> {
     let sql = "SELECT attname::text, atttypid, nspname::text, typname::text, format_type(atttypid, atttypmod), attnotnull,
-                      COALESCE(attnum = ANY (indkey), false)
+                      COALESCE(attnum = ANY (indkey), false), attnum::int4, atttypmod
                  FROM pg_catalog.pg_attribute
                  JOIN pg_catalog.pg_type t ON t.oid = atttypid
                  JOIN pg_catalog.pg_namespace n ON n.oid = typnamespace
@@ -260,6 +260,8 @@ async fn columns(client: &tokio_postgres::Client, table: &str) -> Vec<Column> {
         not_null: row.get(5),
         generated: None,
         collation: None,
+        number: row.get(7),
+        modifier: row.get(8),
     };
     rows.iter().map(column).collect()
 }
@@ -289,6 +291,7 @@ pub async fn mapped(client: &tokio_postgres::Client, table: &str) -> MappedTable
         estimated_rows: 0,
         blocks: 0,
         structure: Arc::default(),
+        lineage: Lineage::default(),
     }
 }
 

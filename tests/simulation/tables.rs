@@ -1,7 +1,7 @@
 //! The simulated tables as the engine knows them.
 
 use crate::history::{DEFINITIONS, KEYLESS_TABLE, TABLES};
-use sluice::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
+use sluice::engine::table::{Column, Identity, Lineage, MappedTable, QualifiedName, TableVersion};
 use std::sync::{Arc, LazyLock};
 
 /// Each table under each of its definitions.
@@ -44,6 +44,8 @@ fn mapped(table: usize, definition: usize, differs: Option<String>) -> MappedTab
         not_null: has_key && name == "k",
         generated: None,
         collation: None,
+        number: 0,
+        modifier: -1,
     };
     let name = QualifiedName::new("public", format!("t{table}"));
     let declared = format!("type {definition}");
@@ -61,5 +63,6 @@ fn mapped(table: usize, definition: usize, differs: Option<String>) -> MappedTab
         estimated_rows: 8,
         blocks: 4,
         structure: Arc::default(),
+        lineage: Lineage::default(),
     }
 }

@@ -194,6 +194,7 @@ fn config(tables: &[usize]) -> StreamConfig {
             foreign_keys: true,
         },
         limits: BatchLimits { rows: 4, bytes: 1 << 20, delay: Duration::ZERO },
+        follow_schema: true,
         request: None,
         budget: Budget::default(),
     }

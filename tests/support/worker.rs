@@ -67,6 +67,7 @@ pub fn desired(source: (&Postgres, &str), target: (&Postgres, &str), tables: &[&
             apply_connections: 2,
             accept_target_triggers: false,
         },
+        stop_at_schema_changes: false,
         wal_budget: None,
         suspend: false,
         request: None,

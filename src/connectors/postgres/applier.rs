@@ -19,7 +19,8 @@ use super::checkpoint::Claim;
 use super::connect::Session;
 use super::ddl;
 use super::lsn::Lsn;
-use super::register::{CONTROL_LIMIT, PostgresRegister};
+use super::register::{CONTROL_LIMIT, EMPTY_LIMIT, PostgresRegister};
+use super::sql::qualified;
 use super::statements::TableWriter;
 use super::target::{PostgresTarget, failed, within};
 use crate::engine::batch::{Batch, Part};
@@ -29,7 +30,7 @@ use crate::engine::flow::lost_task;
 use crate::engine::register::{Reached, Register};
 use crate::engine::request::{Effect, RequestChange, RequestRecord};
 use crate::engine::roles::{self, Applied, Apply, ApplyMode, Proof};
-use crate::engine::table::{MappedTable, QualifiedName, TableState};
+use crate::engine::table::{Altered, Column, Identity, MappedTable, QualifiedName, TableState, TableVersion};
 use durability::Durability;
 use early::EarlyLane;
 use footprint::Footprint;
@@ -215,6 +216,25 @@ impl PostgresApplier {
         }
     }
 
+    /// Statements that were prepared for tables as they were are of no use any more.
+    fn set_writers(&mut self, writers: HashMap<u32, TableWriter>) {
+        self.idle.iter_mut().for_each(|lane| lane.statements.clear());
+        self.early.forget_statements();
+        self.writers = Arc::new(writers);
+    }
+
+    /// Alters a table in the lane's transaction, which the next part ends.
+    async fn adapt_on(&self, lane: &mut Lane, known: &MappedTable, altered: &Altered, follow: bool) -> Result<TableWriter> {
+        lane.begin(self.mode).await?;
+        lane.has_altered = true;
+        let session = &*lane.session;
+        session.batch_execute(ddl::LOCK_TIMEOUT).await.map_err(failed("bound the wait for a lock"))?;
+        let present = ddl::alter(session, known, altered, follow).await?;
+        session.batch_execute("SET LOCAL lock_timeout = 0").await.map_err(failed("wait for locks"))?;
+        self.claim.set_versions(session, &[&altered.table]).await?;
+        TableWriter::new(&altered.table, &present, self.mode, self.triggers_accepted)
+    }
+
     /// Waits for the oldest part that is being written. Safe to cancel.
     async fn finish_oldest(&mut self) -> Result<()> {
         if self.flight.is_empty() {
@@ -278,17 +298,27 @@ impl PostgresApplier {
     fn check_versions(&self, batch: &Batch, due: &[bool]) -> Result<()> {
         for (version, number) in batch.tables().iter().zip(0u32..) {
             let Some(writer) = self.writers.get(&version.id) else { continue };
-            let difference = match &version.differs {
-                Some(difference) => difference.as_str(),
-                None if writer.version.columns == version.columns => continue,
-                None => "its columns are not those that were prepared",
-            };
+            if is_written_as(&writer.version, version) {
+                continue;
+            }
+            let difference = version.differs.as_deref().unwrap_or("its columns are not those that were prepared");
             if batch.changes().iter().zip(due).any(|(change, due)| *due && change.table == number) {
                 return Err(Error::stop(reason::SCHEMA_CHANGED, format!("table {}: {difference}", version.name)));
             }
         }
         Ok(())
     }
+}
+
+/// Whether rows of a version can be written as those of the prepared one.
+fn is_written_as(prepared: &TableVersion, version: &TableVersion) -> bool {
+    let full = version.identity == Identity::Full;
+    let alike = |(prepared, column): (&Column, &Column)| {
+        (&prepared.name, prepared.type_id) == (&column.name, column.type_id) && (full || prepared.key == column.key)
+    };
+    prepared.identity == version.identity
+        && prepared.columns.len() == version.columns.len()
+        && prepared.columns.iter().zip(&version.columns).all(alike)
 }
 
 impl Proof for PostgresApplier {
@@ -369,14 +399,64 @@ impl Apply for PostgresApplier {
                 let Some(present) = present else {
                     return Err(Error::stop(reason::TARGET_TABLE_INCOMPATIBLE, format!("target table {} is gone", table.target)));
                 };
-                ddl::check_compatible(table, &present)?;
+                let fits = ddl::check_compatible(table, &present);
+                if table.lineage.behind && fits.is_err() {
+                    // It was altered by hand to what its next rows take: they are looked at then.
+                    continue;
+                }
+                fits?;
                 writers.insert(table.version.id, TableWriter::new(table, &present, self.mode, self.triggers_accepted)?);
             }
         }
-        self.idle.iter_mut().for_each(|lane| lane.statements.clear());
-        self.early.forget_statements();
-        self.writers = Arc::new(writers);
+        // What tells whether a table is written anew is read with each session.
+        let current: Vec<&MappedTable> = tables.iter().filter(|table| !table.lineage.behind).collect();
+        self.may_begin()?;
+        self.register.statements("write the columns of tables", self.claim.set_versions(self.session(), &current)).await?;
+        self.set_writers(writers);
         Ok(())
+    }
+
+    async fn has_target(&mut self, table: &MappedTable) -> Result<bool> {
+        self.usable()?;
+        let there = within(CONTROL_LIMIT, "look for the target table", ddl::describe(self.session(), &table.target)).await?;
+        Ok(there.is_some())
+    }
+
+    async fn discard(&mut self, table: &MappedTable) -> Result<()> {
+        let drop = async {
+            let session = self.session();
+            if !self.claim.has_made(session, table).await? {
+                return Ok(());
+            }
+            let sql = format!("DROP TABLE IF EXISTS {}", qualified(&table.target));
+            session.batch_execute(&sql).await.map_err(failed(&sql))
+        };
+        self.may_begin()?;
+        self.register.statements("drop a table whose copy was not finished", drop).await
+    }
+
+    async fn adapt(&mut self, known: &MappedTable, altered: &Altered, follow: bool) -> Result<()> {
+        self.usable()?;
+        if !self.flight.is_empty() {
+            return Err(Error::bug("a table was to be altered while changes are being written"));
+        }
+        self.early.roll_back();
+        let mut lane = self.take_lane().ok_or_else(|| Error::bug("there is no connection to alter a table on"))?;
+        let adapted = within(EMPTY_LIMIT, "alter a target table", Box::pin(self.adapt_on(&mut lane, known, altered, follow))).await;
+        match adapted {
+            Ok(writer) => {
+                let mut writers = HashMap::clone(&self.writers);
+                writers.insert(altered.table.version.id, writer);
+                self.idle.push(lane);
+                self.set_writers(writers);
+                Ok(())
+            }
+            Err(error) => {
+                self.broken = true;
+                lane.roll_back().await;
+                Err(error)
+            }
+        }
     }
 
     async fn apply(&mut self, part: Arc<Part<Lsn>>, due: &(dyn Fn(u32, usize) -> bool + Send + Sync), reached: &Reached) -> Result<()> {

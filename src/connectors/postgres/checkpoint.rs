@@ -24,10 +24,12 @@ use crate::engine::table::{MappedTable, QualifiedName, TableState};
 use tokio_postgres::Statement;
 
 /// What the checkpoint says of one table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KnownTable {
     pub state: TableState,
     pub generation: i64,
+    /// The version that the target holds, as [`MappedTable::signature`] says it.
+    pub columns: String,
 }
 
 /// Prepared once per connection, since each writing transaction ends with it.
@@ -130,14 +132,14 @@ impl Claim {
         let (key, source, target) = (&self.key, table.source(), &table.target);
         let row = client
             .query_opt(
-                "SELECT state, generation FROM _sluice.tables
+                "SELECT state, generation, columns FROM _sluice.tables
                  WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND source_schema = $4 AND source_table = $5
                    AND target_schema = $6 AND target_table = $7 FOR UPDATE",
                 &[&key.system_identifier, &key.database, &key.slot, &source.schema, &source.name, &target.schema, &target.name],
             )
             .await
             .map_err(failed("read the checkpoint"))?;
-        row.map(|row| Ok(KnownTable { state: parse_state(row.get(0))?, generation: row.get(1) })).transpose()
+        row.map(|row| Ok(KnownTable { state: parse_state(row.get(0))?, generation: row.get(1), columns: row.get(2) })).transpose()
     }
 
     /// Whether the target table is one that this stream has made.
@@ -242,6 +244,24 @@ impl Claim {
         .await;
         owned?;
         written.map(drop).map_err(failed("write a table's state"))
+    }
+
+    /// Writes which versions of tables the target holds. Those that it knows nothing of are passed over.
+    pub(super) async fn set_versions(&self, client: &Session, tables: &[&MappedTable]) -> Result<()> {
+        let key = &self.key;
+        let schemas: Vec<&str> = tables.iter().map(|table| table.source().schema.as_str()).collect();
+        let names: Vec<&str> = tables.iter().map(|table| table.source().name.as_str()).collect();
+        let signatures: Vec<String> = tables.iter().map(|table| table.signature()).collect();
+        let written = client
+            .execute(
+                "UPDATE _sluice.tables SET columns = held.columns, updated_at = now()
+                 FROM unnest($4::text[], $5::text[], $6::text[]) AS held(source_schema, source_table, columns)
+                 WHERE system_identifier = $1 AND database = $2 AND slot = $3 AND tables.columns <> held.columns
+                   AND tables.source_schema = held.source_schema AND tables.source_table = held.source_table",
+                &[&key.system_identifier, &key.database, &key.slot, &schemas, &names, &signatures],
+            )
+            .await;
+        written.map(drop).map_err(failed("write the columns of a table"))
     }
 
     /// Writes what a commit of the stream makes of tables, in its transaction.

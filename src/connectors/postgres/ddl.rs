@@ -2,8 +2,9 @@
 //!
 //! A table that Sluice makes has the source's columns with their types, NOT NULL, collations, generated columns and storage.
 //! What else the source's has comes after the data ([`structure`]). A table that is there is never altered, but for its
-//! key ([`finish`]).
+//! key ([`finish`]), and when the source's is ([`alter()`]).
 
+mod alter;
 pub(super) mod build;
 mod compatible;
 mod describe;
@@ -11,6 +12,7 @@ mod empty;
 mod needs;
 pub(super) mod structure;
 
+pub(super) use alter::alter;
 pub(super) use compatible::{check_compatible, narrower};
 pub(super) use describe::{Equality, TargetTable, describe};
 pub(super) use empty::related;

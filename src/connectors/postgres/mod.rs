@@ -3,6 +3,7 @@
 //! Invariants: every session has the settings of [`session`]; identifiers and literals reach SQL only through the
 //! quoting functions of [`sql`]; positions are ends of commits.
 
+mod altered;
 pub mod applier;
 pub mod catalog;
 pub mod checkpoint;

@@ -10,15 +10,16 @@ use crate::engine::error::{Error, Result, reason};
 use crate::engine::register::Register;
 use crate::engine::request::{RequestChange, RequestRecord};
 use crate::engine::roles::ApplyMode;
-use crate::engine::table::{MappedTable, QualifiedName, TableState};
+use crate::engine::table::{Altered, MappedTable, QualifiedName, TableState};
 use futures::future::{join, join3};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Bound for each call that does not write rows, which takes as long as it takes.
 pub(super) const CONTROL_LIMIT: Duration = Duration::from_secs(90);
-/// Bound for the emptying of a table, which may have to be done row by row.
-const EMPTY_LIMIT: Duration = Duration::from_secs(24 * 3600);
+/// Bound for the emptying of a table, which may have to be done row by row, and for altering one, which may write all rows anew.
+pub(super) const EMPTY_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// On a session that the next claim ends.
 pub struct PostgresRegister {
@@ -101,6 +102,7 @@ impl PostgresRegister {
         let made = place.present.is_none();
         if !made {
             self.empty(table, beside, truncate).await?;
+            Box::pin(self.fit(table)).await?;
         }
         let create = async { if made { ddl::create(session, table, place.has_schema).await } else { Ok(()) } };
         let written = async {
@@ -131,6 +133,15 @@ impl PostgresRegister {
             }
         }
         Ok(())
+    }
+
+    /// Makes an empty table what the source's is now, when it holds an earlier version.
+    async fn fit(&self, table: &MappedTable) -> Result<()> {
+        let known = self.claim.known_table(&self.session, table).await?;
+        let held = known.and_then(|known| table.recorded(&known.columns)).filter(|held| !table.is_like(held));
+        let Some(held) = held else { return Ok(()) };
+        let altered = Altered { table: table.clone(), initial: HashMap::new(), key_in_doubt: false };
+        ddl::alter(&self.session, &held, &altered, true).await.map(drop)
     }
 
     /// Rows of an earlier copy by this very stream that was not finished are its own.

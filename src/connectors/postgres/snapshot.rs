@@ -5,7 +5,8 @@
 //! alive; when the holder is gone, so is the snapshot.
 //!
 //! Invariant: every range is read under the snapshot, from the file and the partitions that the table had in it. Rewriting a table
-//! (VACUUM FULL, TRUNCATE, most of ALTER TABLE) moves or hides rows of older snapshots: it is seen, and ends the snapshot.
+//! (VACUUM FULL, TRUNCATE, most of ALTER TABLE) moves or hides rows of older snapshots: it is seen, and ends the snapshot. So is any
+//! alteration of its columns since they were read.
 
 use super::connect::{Session, Side, connect};
 use super::endpoint::Endpoint;
@@ -82,12 +83,17 @@ impl PostgresSnapshot {
             let message = format!("{what}: the table is locked since {LOCK_LIMIT:?}");
             return Err(Error::retry(reason::SOURCE_UNREACHABLE, message));
         };
-        let rows = entered?
-            .map_err(|error| if is_lost(&error) { lost(&error.message) } else { errors::classify_server(Side::Source, &what, &error) })?;
+        let rows = entered?.map_err(|error| match &error.code {
+            _ if is_lost(&error) => lost(&error.message),
+            // It was altered since the catalog was read.
+            code if code == SqlState::UNDEFINED_COLUMN.code() => lost(&error.message),
+            _ => errors::classify_server(Side::Source, &what, &error),
+        })?;
         if rows.last().and_then(|row| row.first()?.as_deref()) == Some("t") {
             return Ok(());
         }
-        let message = format!("{} was rewritten, truncated, or has other partitions than the snapshot: it needs a new one", table.source());
+        let message =
+            format!("{} was altered, rewritten, truncated, or has other partitions than the snapshot: it needs a new one", table.source());
         Err(Error::retry(reason::SNAPSHOT_LOST, message))
     }
 }
@@ -232,13 +238,34 @@ fn unchanged(table: &MappedTable, is_partitioned: bool) -> String {
         "SELECT count(*) = 1 FROM pg_class c WHERE c.oid = {id} AND c.oid = to_regclass({name})
          AND (c.relkind = 'p' OR c.relfilenode = pg_relation_filenode(c.oid))"
     );
+    let same_columns = same_columns(table);
     if !is_partitioned {
-        return same_files;
+        return format!("SELECT ({same_files}) AND ({same_columns})");
     }
     format!(
         "WITH RECURSIVE parts(id) AS (SELECT {id}::oid UNION ALL SELECT i.inhrelid FROM pg_inherits i JOIN parts p ON i.inhparent = p.id)
-         SELECT ({same_files}) AND (SELECT array_agg(id ORDER BY id) FROM parts) = (SELECT array_agg(relid::oid ORDER BY relid::oid) FROM pg_partition_tree({id}))
+         SELECT ({same_files}) AND ({same_columns}) AND (SELECT array_agg(id ORDER BY id) FROM parts) = (SELECT array_agg(relid::oid ORDER BY relid::oid) FROM pg_partition_tree({id}))
          AND NOT EXISTS (SELECT FROM pg_class c JOIN parts p ON p.id = c.oid WHERE c.relkind <> 'p' AND c.relfilenode IS DISTINCT FROM pg_relation_filenode(c.oid))"
+    )
+}
+
+/// Whether the snapshot has the columns that are copied, and their names still mean them. What was altered before the snapshot would
+/// not be met in the log again.
+fn same_columns(table: &MappedTable) -> String {
+    let id = table.version.id;
+    if table.version.columns.is_empty() {
+        return "SELECT true".to_owned();
+    }
+    let columns = table.version.columns.iter();
+    let columns =
+        columns.map(|column| format!("({}, {}, {}::oid, {})", column.number, quote_literal(&column.name), column.type_id, column.modifier));
+    let excluded = table.excluded.iter().map(|name| format!(" AND attname <> {}", quote_literal(name))).collect::<String>();
+    format!(
+        "SELECT bool_and(coalesce(a.attnum IS NOT NULL AND c.number IS NOT NULL AND a.attname = c.name AND a.atttypid = c.type AND a.atttypmod = c.modifier
+                AND (pg_identify_object_as_address('pg_class'::regclass, {id}, c.number)).object_names[3] = c.name, false))
+         FROM (VALUES {}) AS c (number, name, type, modifier) FULL JOIN (SELECT * FROM pg_attribute
+            WHERE attrelid = {id} AND attnum > 0 AND NOT attisdropped AND attgenerated = ''{excluded}) a ON a.attnum = c.number",
+        columns.collect::<Vec<_>>().join(", ")
     )
 }
 

@@ -1,5 +1,6 @@
 //! PostgreSQL as a source.
 
+use super::altered::{self, Description, Seen};
 use super::catalog;
 use super::catalog::rules::Server;
 use super::compare::PostgresCompare;
@@ -19,8 +20,9 @@ use crate::engine::retention::Retention;
 use crate::engine::roles::{BatchLimits, Fed, LogState, Proof, Selection, Source, SourceIdentity};
 use crate::engine::spill::Room;
 use crate::engine::structure::SequenceValue;
-use crate::engine::table::{MappedTable, QualifiedName};
+use crate::engine::table::{Altered, MappedTable, QualifiedName, TableVersion};
 use crate::engine::verify::Compare;
+use std::collections::HashMap;
 use std::future::Future;
 use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
@@ -56,6 +58,8 @@ pub struct PostgresSource {
     /// As [`Source::identity`] last saw it.
     server: Mutex<Option<Server>>,
     waiting: Mutex<Option<String>>,
+    /// By table: what the last look at it has seen.
+    seen: Mutex<HashMap<u32, Seen>>,
     /// As [`Source::identity`] last saw it: every replication session must be on that server and timeline.
     identity: Mutex<Option<SourceIdentity>>,
 }
@@ -104,6 +108,7 @@ impl PostgresSource {
             hands: Mutex::default(),
             server: Mutex::default(),
             waiting: Mutex::default(),
+            seen: Mutex::default(),
             identity: Mutex::default(),
         }
     }
@@ -404,6 +409,21 @@ impl Source for PostgresSource {
         let values = catalog::structure::sequence_values(&session, table).await?;
         session.keep();
         Ok(values)
+    }
+
+    fn follows_schema(&self) -> bool {
+        true
+    }
+
+    async fn look(&self, known: &MappedTable, described: &TableVersion, applied: &Lsn) -> Result<Option<Altered>> {
+        let session = self.session().await?;
+        let server = self.server(&session).await?;
+        let seen = guard(&self.seen).get(&known.version.id).cloned();
+        let description = Description { known, described, applied: *applied, seen: seen.as_ref() };
+        let (altered, seen) = Box::pin(altered::look(&session, &server, &description)).await?;
+        session.keep();
+        guard(&self.seen).insert(known.version.id, seen);
+        Ok(altered)
     }
 
     fn compare(&self) -> Option<impl Compare + 'static> {

@@ -134,7 +134,7 @@ impl TableWriter {
                 operator: target.operator.clone(),
             });
         }
-        let key_names: Vec<&str> = key.iter().map(|&column| version.columns[column].name.as_str()).collect();
+        let key_names = key_names(table);
         let fires = match mode {
             ApplyMode::Replica => !present.always_triggers.is_empty(),
             ApplyMode::Ordered => present.has_foreign_keys || !present.triggers.is_empty(),
@@ -470,6 +470,11 @@ const MOST_COLUMNS: usize = 1600;
 fn sends_rows(present: &TargetTable, mirrored: usize) -> bool {
     let columns = present.columns.len();
     !present.columns.iter().any(|column| column.is_domain) && columns <= 2 * mirrored && columns + 3 * mirrored < MOST_COLUMNS
+}
+
+/// Names of the columns that name a row; empty: the whole old row does.
+pub(super) fn key_names(table: &MappedTable) -> Vec<&str> {
+    key_columns(table).into_iter().map(|column| table.version.columns[column].name.as_str()).collect()
 }
 
 /// Whether a column is one of those that name a row.

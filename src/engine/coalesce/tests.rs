@@ -30,6 +30,8 @@ fn table(id: u32, columns: usize) -> Arc<TableVersion> {
         not_null: false,
         generated: None,
         collation: None,
+        number: 0,
+        modifier: -1,
     };
     Arc::new(TableVersion {
         id,

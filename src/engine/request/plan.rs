@@ -219,6 +219,7 @@ mod tests {
             estimated_rows: 0,
             blocks: 0,
             structure: Arc::default(),
+            lineage: crate::engine::table::Lineage::default(),
         }
     }
 

@@ -123,6 +123,8 @@ pub(super) struct Lane {
     pub log_positions: Statement,
     /// A transaction of changes is open.
     pub in_transaction: bool,
+    /// The open transaction has altered a table: what is written can't be repeated without that.
+    pub has_altered: bool,
     /// It is the one for transactions that have not ended on the source.
     pub is_early: bool,
     /// Rows that the open transaction has written.
@@ -158,6 +160,7 @@ impl Lane {
             move_position,
             log_positions,
             in_transaction: false,
+            has_altered: false,
             is_early: false,
             uncommitted_rows: 0,
         }
@@ -192,7 +195,7 @@ impl Lane {
         for first_try in [true, false] {
             let beside = !job.turn.has_come();
             match self.attempt(job, &plan, &writers, checkpoint).await {
-                Err(error) if first_try && !part.continues && self.may_repeat(&error, beside) => {
+                Err(error) if first_try && !part.continues && !self.has_altered && self.may_repeat(&error, beside) => {
                     tracing::debug!(%error, "a part is repeated by itself");
                     self.roll_back().await;
                     job.turn.wait().await?;
@@ -262,17 +265,26 @@ impl Lane {
         let look = self.session.prepared().query_one(&self.log_positions, &[]);
         let (committed, looked) = futures::future::join(commit, look).await;
         committed.map_err(failed("commit changes"))?;
-        self.in_transaction = false;
+        (self.in_transaction, self.has_altered) = (false, false);
         self.uncommitted_rows = 0;
         let row = looked.map_err(failed("read the target's log position"))?;
         Ok(Committed { position, inserted: Lsn(row.get::<_, PgLsn>(0).into()), flushed: Lsn(row.get::<_, PgLsn>(1).into()) })
+    }
+
+    /// Opens a transaction, if none is open, that what comes next is a part of.
+    pub async fn begin(&mut self, mode: ApplyMode) -> Result<()> {
+        if !self.in_transaction {
+            self.session.batch_execute(begin_changes(mode)).await.map_err(failed("begin a transaction"))?;
+            self.in_transaction = true;
+        }
+        Ok(())
     }
 
     /// Says whether the server has answered. A lost connection has rolled back by itself; a session that does not answer is not used
     /// again.
     pub async fn roll_back(&mut self) -> bool {
         let answer = tokio::time::timeout(ROLL_BACK_LIMIT, self.session.batch_execute("ROLLBACK")).await;
-        self.in_transaction = false;
+        (self.in_transaction, self.has_altered) = (false, false);
         self.uncommitted_rows = 0;
         matches!(answer, Ok(Ok(())))
     }

@@ -50,6 +50,10 @@ pub struct Relation {
     pub may_use_schema: bool,
     /// A row security policy would hide rows from the role.
     pub row_security: bool,
+    /// Names the files that the rows are in, those of partitions too.
+    pub storage: String,
+    /// Columns that it has ever had.
+    pub columns_ever: i32,
 }
 
 /// One column, with what is not in [`Column`].
@@ -72,6 +76,8 @@ pub struct PrimaryKey {
     pub columns: Vec<String>,
     /// A deferrable key can't be a replica identity.
     pub deferrable: bool,
+    /// OID of the constraint, which a `REINDEX CONCURRENTLY` leaves alone.
+    pub id: Option<u32>,
 }
 
 /// A partition that holds rows: the server checks *its* identity on each write, not the root's.
@@ -186,6 +192,8 @@ pub fn relations_of(found: Found, details: Details) -> Vec<Relation> {
             blocks,
             may_use_schema: row.get("may_use_schema"),
             row_security: row.get("row_security"),
+            storage: row.get("storage"),
+            columns_ever: row.get("columns_ever"),
         });
     }
     read
@@ -202,6 +210,8 @@ async fn relations(session: &Session, filter: Filter<'_>) -> Result<Vec<Row>> {
     let statement = |condition: &str| {
         format!(
             "SELECT {SIZES}, coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS may_use_schema, row_security_active(c.oid) AS row_security,
+                 concat_ws(' ', c.relfilenode, (SELECT md5(string_agg(concat(l.oid, ' ', l.relfilenode), ' ' ORDER BY l.oid))
+                     FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid WHERE t.isleaf)) AS storage, c.relnatts::int4 AS columns_ever,
                  ARRAY(SELECT a.relid::oid FROM pg_partition_ancestors(c.oid) a WHERE a.relid <> c.oid) AS ancestors
              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
              WHERE {condition} ORDER BY n.nspname, c.relname"
@@ -231,7 +241,7 @@ async fn leaves(session: &Session, roots: &[u32]) -> Result<Vec<Row>> {
 /// Indexes of the relations and of the partitions that hold their rows. The server takes an index as identity only when it is
 /// valid, unique, not deferrable and not partial (`RelationGetIndexList` in its source).
 const INDEXES: &str =
-    "SELECT i.indrelid AS id, i.indisprimary AS is_primary, i.indisreplident AS is_identity, con.conname::text AS constraint_name,
+    "SELECT i.indrelid AS id, i.indisprimary AS is_primary, i.indisreplident AS is_identity, con.conname::text AS constraint_name, con.oid AS constraint_id,
     NOT i.indimmediate AS deferrable, i.indisvalid AND i.indisunique AND i.indimmediate AND i.indpred IS NULL AS usable,
     ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place)
           JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
@@ -240,12 +250,12 @@ const INDEXES: &str =
     WHERE (i.indisprimary OR i.indisreplident) AND i.indrelid IN (SELECT unnest($1) UNION SELECT t.relid::oid
         FROM pg_class r CROSS JOIN LATERAL pg_partition_tree(r.oid) t WHERE r.oid = ANY($1) AND r.relkind = 'p' AND t.isleaf)";
 
-/// `format_type` qualifies types by the session's search_path, which is pg_catalog alone. What a generated column uses is kept
+/// A privilege is NULL for a column that was dropped just now. `format_type` qualifies types by the session's search_path, which is pg_catalog alone. What a generated column uses is kept
 /// as a dependency of the column (14) or of its expression (later).
-const COLUMNS: &str = "SELECT a.attrelid AS id, a.attname::text AS name, a.atttypid AS type_id, tn.nspname::text AS type_schema, t.typname::text AS type_name,
+const COLUMNS: &str = "SELECT a.attrelid AS id, a.attname::text AS name, a.attnum::int4 AS number, a.atttypid AS type_id, a.atttypmod AS modifier, tn.nspname::text AS type_schema, t.typname::text AS type_name,
     format_type(a.atttypid, a.atttypmod) AS declared, a.attnotnull AS not_null, pg_get_expr(d.adbin, d.adrelid) AS expression,
     cn.nspname::text AS collation_schema, co.collname::text AS collation_name,
-    coalesce(has_column_privilege(a.attrelid, a.attnum, 'SELECT'), false) AS may_select,
+    coalesce(has_column_privilege(a.attrelid, a.attnum, 'SELECT'), true) AS may_select,
     CASE WHEN a.attgenerated <> '' THEN ARRAY(
         SELECT u.attname::text FROM pg_depend p JOIN pg_attribute u ON u.attrelid = p.refobjid AND u.attnum = p.refobjsubid
         WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid = a.attrelid AND p.refobjsubid > 0 AND p.refobjsubid <> a.attnum
@@ -306,7 +316,12 @@ fn identity(declared: char, keys: &[Row]) -> DeclaredIdentity {
 }
 
 fn primary_key(key: &Row) -> PrimaryKey {
-    PrimaryKey { name: key.get("constraint_name"), columns: key.get("columns"), deferrable: key.get("deferrable") }
+    PrimaryKey {
+        name: key.get("constraint_name"),
+        columns: key.get("columns"),
+        deferrable: key.get("deferrable"),
+        id: key.get("constraint_id"),
+    }
 }
 
 fn leaf(row: &Row, indexes: &HashMap<u32, Vec<Row>>) -> Leaf {
@@ -325,7 +340,9 @@ fn column(row: &Row) -> RelationColumn {
     RelationColumn {
         column: Column {
             name: row.get("name"),
+            number: row.get("number"),
             type_id: row.get("type_id"),
+            modifier: row.get("modifier"),
             type_name: QualifiedName::new(row.get::<_, String>("type_schema"), row.get::<_, String>("type_name")),
             declared: row.get("declared"),
             key: false,

@@ -3,7 +3,7 @@
 use super::facts::{DeclaredIdentity, Leaf, Relation};
 use crate::connectors::postgres::sql::{qualified, quote_ident};
 use crate::engine::error::{Error, Result, reason};
-use crate::engine::table::{Column, Identity, MappedTable, QualifiedName, TableVersion};
+use crate::engine::table::{Column, Identity, Lineage, MappedTable, QualifiedName, TableVersion};
 use std::sync::Arc;
 
 /// Schema of our own tables in a target; never mapped.
@@ -259,6 +259,7 @@ fn mapped(relation: &Relation, wish: &Wish, key: &Key) -> MappedTable {
         estimated_rows: relation.estimated_rows,
         blocks: relation.blocks,
         structure: Arc::default(),
+        lineage: Lineage { key: primary_key.and_then(|key| key.id), storage: relation.storage.clone(), behind: false },
     }
 }
 

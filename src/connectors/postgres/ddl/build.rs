@@ -112,7 +112,7 @@ pub(super) fn comment(what: &str, text: &str) -> String {
 mod tests {
     use super::*;
     use crate::engine::structure::{ColumnDefault, Structure};
-    use crate::engine::table::{Identity, TableVersion};
+    use crate::engine::table::{Identity, Lineage, TableVersion};
     use std::sync::Arc;
 
     fn table(structure: Structure) -> MappedTable {
@@ -128,6 +128,7 @@ mod tests {
             estimated_rows: 0,
             blocks: 0,
             structure: Arc::new(structure),
+            lineage: Lineage::default(),
         }
     }
 

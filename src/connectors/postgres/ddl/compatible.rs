@@ -155,7 +155,7 @@ fn modifiers(declared: &str) -> Option<Vec<i64>> {
 mod tests {
     use super::super::describe::Equality;
     use super::*;
-    use crate::engine::table::{Identity, QualifiedName, TableVersion};
+    use crate::engine::table::{Identity, Lineage, QualifiedName, TableVersion};
     use std::sync::Arc;
 
     fn source(name: &str, type_name: &str, declared: &str) -> Column {
@@ -168,6 +168,8 @@ mod tests {
             not_null: name == "id",
             generated: None,
             collation: None,
+            number: 0,
+            modifier: -1,
         }
     }
 
@@ -201,6 +203,7 @@ mod tests {
             estimated_rows: 0,
             blocks: 0,
             structure: Arc::default(),
+            lineage: Lineage::default(),
         }
     }
 

@@ -10,6 +10,9 @@ use crate::engine::roles::BatchLimits;
 use crate::engine::table::TableVersion;
 use std::time::{Duration, Instant, SystemTime};
 
+/// Bytes of the number of its (sub)transaction in a message of a streamed one.
+const SUBTRANSACTION: usize = 4;
+
 /// Builds one part after the other.
 pub(super) struct Assembler {
     decoder: Decoder,
@@ -74,7 +77,7 @@ impl Assembler {
 
     /// Takes one message of a whole transaction; a part that can't take more goes to `out`, at most one.
     pub(super) fn message(&mut self, message: &[u8], now: Instant, out: &mut Vec<Part<Lsn>>) -> Result<()> {
-        self.make_room(message, out)?;
+        self.make_room(message, 0, out)?;
         match self.decoder.decode(message, &mut self.batch)? {
             Message::Begin { commit_start } => self.begin(commit_start),
             Message::Commit { end, committed_at } => self.commit(end, committed_at, now, out),
@@ -88,7 +91,7 @@ impl Assembler {
 
     /// The same with a message of a streamed transaction, between [`Self::begin`] and [`Self::commit`].
     pub(super) fn streamed(&mut self, message: &[u8], out: &mut Vec<Part<Lsn>>) -> Result<()> {
-        self.make_room(message, out)?;
+        self.make_room(message, SUBTRANSACTION, out)?;
         match self.decoder.decode_streamed(message, &mut self.batch)? {
             Message::Own { content } => self.message = Some(content.to_owned()),
             Message::Changes | Message::Other => {}
@@ -97,7 +100,12 @@ impl Assembler {
         Ok(())
     }
 
-    fn make_room(&mut self, message: &[u8], out: &mut Vec<Part<Lsn>>) -> Result<()> {
+    /// `skip`: bytes of the message behind its kind that say nothing of its content.
+    fn make_room(&mut self, message: &[u8], skip: usize, out: &mut Vec<Part<Lsn>>) -> Result<()> {
+        let described = self.decoder.describes(message, skip);
+        if described.is_some_and(|id| self.batch.tables().iter().any(|version| version.id == id)) && !self.batch.is_empty() {
+            out.push(self.seal_whole_or_open());
+        }
         if Decoder::adds_changes(message) {
             if self.transaction.is_none() {
                 return Err(violation("pgoutput: a change outside of a transaction"));
@@ -224,6 +232,18 @@ impl Assembler {
 
     pub(super) fn has_waited(&self, now: Instant) -> bool {
         self.whole_since.is_some_and(|since| now.saturating_duration_since(since) >= self.delay)
+    }
+
+    /// The part so far, which needs not be open when it holds nothing of the transaction that is under way.
+    fn seal_whole_or_open(&mut self) -> Part<Lsn> {
+        let ends_whole = !self.continues && self.boundaries.last().is_some_and(|last| last.changes == self.batch.changes().len());
+        if !ends_whole {
+            return self.seal();
+        }
+        let under_way = self.transaction.take();
+        let part = self.seal();
+        self.transaction = under_way;
+        part
     }
 
     fn seal(&mut self) -> Part<Lsn> {

@@ -89,6 +89,15 @@ impl Decoder {
         matches!(message.first(), Some(b'I' | b'U' | b'D' | b'T'))
     }
 
+    /// The mapped table that a message describes: rows behind it are of another version than those before it. `skip`: bytes between its
+    /// kind and what it says.
+    #[must_use]
+    pub fn describes(&self, message: &[u8], skip: usize) -> Option<u32> {
+        let id = message.get(1 + skip..5 + skip).filter(|_| message[0] == b'R')?;
+        let id = u32::from_be_bytes(id.try_into().ok()?);
+        self.mapped.contains_key(&id).then_some(id)
+    }
+
     /// Decodes one message; its changes are added to `batch`, which must have [`Batch::room`] for the whole message.
     pub fn decode<'a>(&mut self, message: &'a [u8], batch: &mut Batch) -> Result<Message<'a>> {
         let mut body = Cursor::new(message);

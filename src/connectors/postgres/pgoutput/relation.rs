@@ -21,6 +21,7 @@ pub(super) struct Announced<'a> {
 struct AnnouncedColumn<'a> {
     name: &'a str,
     type_id: u32,
+    modifier: i32,
     key: bool,
 }
 
@@ -33,8 +34,8 @@ impl<'a> Announced<'a> {
         let columns = (0..count).map(|_| {
             let key = body.u8()? & KEY_FLAG != 0;
             let (name, type_id) = (body.text()?, body.u32()?);
-            let _type_modifier = body.i32()?;
-            Ok(AnnouncedColumn { name, type_id, key })
+            let modifier = body.i32()?;
+            Ok(AnnouncedColumn { name, type_id, modifier, key })
         });
         let columns = columns.collect::<Result<Vec<_>>>()?;
         super::finish(body)?;
@@ -43,18 +44,19 @@ impl<'a> Announced<'a> {
         Ok(Self { id, schema, name, identity, columns })
     }
 
-    /// The version that rows are written under from here on: the mapped one when it fits, else one of its own that says
-    /// how it differs, so that it is judged only when a row of it is due. A table that has taken the name of a mapped one
-    /// stands for that one: its rows must not be passed over. `None`: not mapped.
+    /// The version that rows are written under from here on: one of its own for each message, since even a message that is like the one
+    /// before may be there because the table was altered. Where it is not like the mapped one it says how it differs; it is judged
+    /// only when a row of it is due. A table that has taken the name of a mapped one stands for that one: its rows must not be
+    /// passed over. `None`: not mapped.
     pub(super) fn version(&self, mapped: &HashMap<u32, Arc<TableVersion>>) -> Option<Arc<TableVersion>> {
         let (version, difference) = match mapped.get(&self.id) {
             Some(version) => (version, self.difference(version)),
             None => (mapped.values().find(|version| self.is_named_like(version))?, Some("another table has its name now".into())),
         };
-        Some(match difference {
-            None => Arc::clone(version),
-            Some(difference) => Arc::new(self.differing(version, difference)),
-        })
+        Some(Arc::new(match difference {
+            None => TableVersion::clone(version),
+            Some(difference) => self.differing(version, difference),
+        }))
     }
 
     fn differing(&self, version: &TableVersion, difference: String) -> TableVersion {
@@ -68,6 +70,8 @@ impl<'a> Announced<'a> {
             not_null: false,
             generated: None,
             collation: None,
+            number: 0,
+            modifier: column.modifier,
         };
         TableVersion {
             id: version.id,
@@ -94,7 +98,7 @@ impl<'a> Announced<'a> {
             let Some(now) = self.columns.iter().find(|now| now.name == column.name) else {
                 return Some(format!("column `{}` is gone", column.name));
             };
-            if now.type_id != column.type_id {
+            if (now.type_id, now.modifier) != (column.type_id, column.modifier) {
                 return Some(format!("column `{}` was {} and has another type now", column.name, column.declared));
             }
             // With a full identity every column is marked.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::error::reason;
-use crate::engine::table::{Column, Identity, QualifiedName};
+use crate::engine::table::{Column, Identity, Lineage, QualifiedName};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -16,6 +16,8 @@ fn column(name: &str, type_id: u32, key: bool) -> Column {
         not_null: key,
         generated: None,
         collation: None,
+        number: 0,
+        modifier: -1,
     }
 }
 
@@ -38,6 +40,7 @@ pub fn table(identity: Identity) -> MappedTable {
         estimated_rows: 0,
         blocks: 0,
         structure: Arc::default(),
+        lineage: Lineage::default(),
     }
 }
 

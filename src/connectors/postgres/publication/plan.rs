@@ -121,7 +121,7 @@ fn fits(published: &PublishedTable, table: &MappedTable) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::table::{Column, Identity, TableVersion};
+    use crate::engine::table::{Column, Identity, Lineage, TableVersion};
     use std::sync::Arc;
 
     fn table(id: u32, excluded: &[&str]) -> MappedTable {
@@ -134,6 +134,8 @@ mod tests {
             not_null: true,
             generated: None,
             collation: None,
+            number: 0,
+            modifier: -1,
         };
         let columns = ["id", "a", "b"].into_iter().filter(|name| !excluded.contains(name)).map(column).collect();
         let name = QualifiedName::new("public", format!("t{id}"));
@@ -148,6 +150,7 @@ mod tests {
             estimated_rows: 0,
             blocks: 0,
             structure: Arc::default(),
+            lineage: Lineage::default(),
         }
     }
 

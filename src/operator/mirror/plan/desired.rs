@@ -3,7 +3,7 @@
 use super::super::validate::Validated;
 use super::{child_meta, name, namespace, publication, slot, uid};
 use crate::operator::slim::SlimMirror;
-use crate::resources::{MirrorSpec, Request};
+use crate::resources::{MirrorSpec, Request, SchemaChanges};
 use crate::worker::contract::{DESIRED_FILE, Desired, MirrorId, RequestSpec, VERSION};
 use k8s_openapi::api::core::v1::ConfigMap;
 
@@ -30,6 +30,7 @@ pub fn document(mirror: &SlimMirror, spec: &MirrorSpec, valid: Validated, public
         schemas: valid.schemas,
         snapshot: valid.snapshot,
         stream: valid.stream,
+        stop_at_schema_changes: spec.schema_changes == SchemaChanges::Stop,
         wal_budget: valid.wal_budget,
         suspend: spec.suspend,
         request: spec.request.as_ref().map(request),

@@ -18,6 +18,8 @@ fn column(name: &str) -> RelationColumn {
             not_null: false,
             generated: None,
             collation: None,
+            number: 0,
+            modifier: -1,
         },
         may_select: true,
         uses: Vec::new(),
@@ -42,13 +44,15 @@ fn orders() -> Relation {
         persistence: 'p',
         identity: columns(&["id"]),
         columns: vec![column("id"), column("a"), column("b"), generated("twice", "a")],
-        primary_key: Some(PrimaryKey { name: Some("orders_pkey".into()), columns: vec!["id".into()], deferrable: false }),
+        primary_key: Some(PrimaryKey { name: Some("orders_pkey".into()), columns: vec!["id".into()], deferrable: false, id: None }),
         ancestors: Vec::new(),
         leaves: Vec::new(),
         estimated_rows: 10,
         blocks: 1,
         may_use_schema: true,
         row_security: false,
+        storage: String::new(),
+        columns_ever: 4,
     }
 }
 
@@ -102,7 +106,7 @@ fn a_deferrable_primary_key_names_no_row() {
 fn a_primary_key_that_loses_a_column_is_not_mapped() {
     let relation = Relation {
         identity: columns(&["a"]),
-        primary_key: Some(PrimaryKey { name: Some("k".into()), columns: vec!["id".into(), "b".into()], deferrable: false }),
+        primary_key: Some(PrimaryKey { name: Some("k".into()), columns: vec!["id".into(), "b".into()], deferrable: false, id: None }),
         ..orders()
     };
     let table = map(&relation, &wish(&["b"]), &server()).unwrap();

@@ -10,7 +10,7 @@ use crate::connectors::postgres::pgoutput::streamed::tests as streamed;
 use crate::connectors::postgres::pgoutput::tests::{COLUMNS, relation, row, show, table};
 use crate::engine::batch::Early as Mark;
 use crate::engine::spill::{Disk, Spill};
-use crate::engine::table::Identity;
+use crate::engine::table::{Identity, TableVersion};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use std::collections::{HashMap, VecDeque};
@@ -73,6 +73,8 @@ struct Consumer<'a> {
     early: Option<(u64, u32, Vec<String>)>,
     /// How likely a piece is refused.
     refusing: f64,
+    /// Versions in the last piece, when it was not full.
+    cut_short: Option<Vec<Arc<TableVersion>>>,
 }
 
 impl Consumer<'_> {
@@ -83,6 +85,7 @@ impl Consumer<'_> {
                 assert!(part.batch.is_empty());
                 seen.dropped += 1;
                 self.early = None;
+                self.cut_short = None;
             }
             Some(Mark::Piece { attempt }) => self.piece(&part, attempt, random, seen),
             None => self.part(&part, seen),
@@ -92,7 +95,10 @@ impl Consumer<'_> {
     fn piece(&mut self, part: &Part<Lsn>, attempt: u64, random: &mut SmallRng, seen: &mut Seen) {
         seen.pieces += 1;
         assert!(part.open && part.boundaries.is_empty() && part.heartbeat.is_none());
-        assert_eq!(part.batch.changes().len(), LIMITS.rows, "pieces are full");
+        self.goes_on(part);
+        let rows = part.batch.changes().len();
+        assert!((1..=LIMITS.rows).contains(&rows), "{rows} rows");
+        self.cut_short = (rows < LIMITS.rows).then(|| part.batch.tables().to_vec());
         let keys = || part.batch.changes().iter().map(|change| key(&part.batch, change.new));
         let facts: Vec<(u32, usize)> = keys().map(|key| self.facts.rows[&key]).collect();
         let (xid, last) = *facts.last().unwrap();
@@ -112,12 +118,21 @@ impl Consumer<'_> {
             self.early = None;
         }
         seen.refused += 1;
+        self.cut_short = None;
         self.desk.answer(attempt, false).unwrap();
+    }
+
+    /// A piece that is not full ends where a table of which it holds rows is described anew: what follows holds rows under that.
+    fn goes_on(&mut self, next: &Part<Lsn>) {
+        let Some(before) = self.cut_short.take() else { return };
+        let is_anew = |version: &Arc<TableVersion>| before.iter().any(|old| old.id == version.id && !Arc::ptr_eq(old, version));
+        assert!(next.batch.tables().iter().any(is_anew), "pieces are full");
     }
 
     fn part(&mut self, part: &Part<Lsn>, seen: &mut Seen) {
         if part.continues && self.open.is_none() {
             seen.rests += 1;
+            self.goes_on(part);
             self.open = Some(self.early.take().expect("what went ahead is written").2);
         }
         assert_eq!(part.continues, self.open.is_some());
@@ -196,7 +211,7 @@ fn compare(seed: u64, seen: &mut Seen) {
     let (mut feed, desk) = feed(spill, PACE);
     let (queue, committed, ends) = (VecDeque::new(), Vec::new(), Vec::new());
     let refusing = *[0.0, 0.2].get(random.random_range(0..2usize)).unwrap();
-    let mut consumer = Consumer { facts: &facts, desk: &desk, queue, committed, ends, open: None, early: None, refusing };
+    let mut consumer = Consumer { facts: &facts, desk: &desk, queue, committed, ends, open: None, early: None, refusing, cut_short: None };
     let mut clock = Instant::now();
 
     let end = if random.random_bool(0.2) { random.random_range(0..=messages.len()) } else { messages.len() };
