@@ -179,12 +179,13 @@ pub enum TargetTriggers {
 /// What to do when a table is altered on the source.
 #[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Default)]
 pub enum SchemaChanges {
-    /// The target table is altered in the same way, in order with the rows. What can't be followed stops the Mirror with
-    /// `SchemaChanged` and the statement that is needed.
-    #[default]
-    Follow,
     /// The Mirror stops with `SchemaChanged` and the statements that the target needs. It goes on when they have been run.
+    #[default]
     Stop,
+    /// The target table is altered in the same way, in order with the rows. What can't be followed stops the Mirror with
+    /// `SchemaChanged` and the statement that is needed. A change of a type is taken for the plain cast: a `USING` of your own, where
+    /// none is needed, is not in the log.
+    Follow,
 }
 
 impl SchemaChanges {

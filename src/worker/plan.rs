@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn an_action_of_a_newer_operator_stops_nothing() {
         let mut desired = desired(1);
-        for (action, known) in [("Resync", Some(request::Action::Resync)), ("Verify", None)] {
+        for (action, known) in [("Resync", Some(request::Action::Resync)), ("Adopt", None)] {
             desired.request = Some(RequestSpec { id: "a".to_owned(), action: action.to_owned(), tables: vec!["public.users".to_owned()] });
             assert_eq!(stream_config(&desired).unwrap().request.map(|request| request.action), known);
         }

@@ -83,7 +83,7 @@ async fn an_unknown_table_fails_and_nothing_is_done() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_action_of_a_newer_operator_waits_and_stops_nothing() {
     let mut stage = Stage::streaming(100).await;
-    ask(&mut stage.worker, "v1", "Verify", &[]).await;
+    ask(&mut stage.worker, "v1", "Adopt", &[]).await;
     stage.left.batch_execute("INSERT INTO b VALUES (101, 'later')").await.unwrap();
     stage.assert_equal().await;
     assert_eq!(found(&stage.worker.status().await.unwrap(), "v1"), None);
