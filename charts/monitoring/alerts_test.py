@@ -36,6 +36,7 @@ WORKER = in_phase("Streaming") | {
     "up": flat(1), "failures_in_a_row": flat(0), "epoch": flat(3), "rows_copied": flat(1000),
     'tables{state="Ready"}': flat(5), "lag_seconds": flat(0), "lag_bytes": flat(500),
     "slot_exists": flat(1), "slot_lost": flat(0), "slot_retained_bytes": flat(10**6), "slot_safe_bytes": flat(10**10),
+    "wal_budget_warn_bytes": flat(100 * GIB),
     "spill_bytes": flat(0), "spill_limit_bytes": flat(10**9), "spill_full": flat(0),
     'latency_seconds_bucket{le="0.512"}': "0+60x240", 'latency_seconds_bucket{le="131.072"}': "0+60x240",
     'latency_seconds_bucket{le="+Inf"}': "0+60x240",
@@ -44,7 +45,7 @@ OPERATOR = {
     "up": flat(1), "leader": flat(1), 'leader{pod="op-2"}': flat(0),
     'reconcile_total{controller="mirror",outcome="success",class=""}': "0+10x240",
     'watch_last_event_timestamp_seconds{kind="Mirror"}': "0+60x240", 'watch_errors_total{kind="Mirror"}': flat(1),
-    "missing_permissions": flat(0), "orphaned_slots": flat(0), 'workers{phase="Streaming"}': flat(2),
+    "missing_permissions": flat(0), "orphaned_slots": flat(0), "slots_without_mirror": flat(0), 'workers{phase="Streaming"}': flat(2),
     **{f'resources{{kind="{kind}",ready="{ready}"}}': flat(2 if ready == "true" else 0)
        for kind in ("Source", "Target", "Mirror") for ready in ("true", "false")},
 }
@@ -98,6 +99,9 @@ case("SluiceLatencyHigh", "one of two hundred is late",
 case("SluiceSlotRetention", "more than 50 GiB are kept, without a bound",
      worker={"slot_retained_bytes": flat(50 * GIB + 1), "slot_safe_bytes": None}, silent=[10], fires=20)
 case("SluiceSlotRetention", "50 GiB are kept", worker={"slot_retained_bytes": flat(50 * GIB), "slot_safe_bytes": flat(50 * GIB)}, silent=[20, 60])
+case("SluiceWalBudget", "more than warnBytes", worker={"slot_retained_bytes": then(100, 30, 101), "wal_budget_warn_bytes": flat(100)},
+     silent=[29, 30], fires=33)
+case("SluiceWalBudget", "no budget", worker={"slot_retained_bytes": flat(10**9), "wal_budget_warn_bytes": None}, silent=[10, 60])
 case("SluiceSlotFilling", "40 GB with 100 MB more each minute",
      worker={"slot_retained_bytes": "1000000000+100000000x240", "slot_safe_bytes": "40000000000-100000000x240"},
      silent=[10, 100, 165], fires=200)
@@ -140,7 +144,8 @@ case("SluiceOperatorWatchErrors", "one error in two minutes",
 case("SluiceOperatorUndecodable", "its first count", operator={'undecodable_objects_total{kind="Mirror"}': "_x30 2+0x200"},
      silent=[29, 100], fires=32, labels=OP | {"kind": "Mirror"})
 case("SluiceOperatorMissingPermissions", "a rule is missing", operator={"missing_permissions": flat(1)}, silent=[3], fires=10)
-case("SluiceOrphanedSlots", "a slot stays", operator={"orphaned_slots": then(0, 10, 1)}, silent=[9], fires=11)
+case("SluiceOrphanedSlots", "a slot stays", operator={"orphaned_slots": then(0, 10, 1)}, silent=[9, 19], fires=21)
+case("SluiceOrphanedSlots", "a Source has a slot of no Mirror", operator={"slots_without_mirror": then(0, 10, 1)}, silent=[9, 19], fires=21)
 case("SluiceDatabaseNotReady", "a Target is not ready", operator={'resources{kind="Target",ready="false"}': flat(1)}, silent=[25], fires=35,
      labels=OP | {"kind": "Target"})
 case("SluiceMirrorsNotReady", "one is copied, one is not", operator={'resources{kind="Mirror",ready="false"}': flat(2),

@@ -30,7 +30,7 @@ def operator():
     text = body((ROOT / "src/operator/metrics.rs").read_text())
     structs = {name: set(re.findall(r"(\w+):", fields)) for name, fields in re.findall(r"struct (\w+) \{(.*?)\n\}", text, re.S)}
     fields = dict(re.findall(r"^    (\w+): ((?:Family|Gauge|Counter|Histogram)[^\n]*),$", text, re.M))
-    registered = re.findall(r'all\.register\("(\w+)",\s*"[^"]*",\s*self\.(\w+)\.clone\(\)\)', text)
+    registered = re.findall(r'all\.register\(\s*"(\w+)",\s*"[^"]*",\s*self\.(\w+)\.clone\(\),?\s*\)', text)
     assert len(registered) + 1 == text.count("all.register("), "src/operator/metrics.rs: a registration was not understood"
     series = info("sluice_operator", text)
     for name, field in registered:

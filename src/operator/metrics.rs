@@ -151,8 +151,11 @@ impl Metrics {
             "Slots on Sources that belong to no Mirror and that nobody reads",
             self.slots_without_mirror.clone(),
         );
-        let bytes = self.slots_without_mirror_bytes.clone();
-        all.register("slots_without_mirror_bytes", "Log that Sources keep for slots that belong to no Mirror", bytes);
+        all.register(
+            "slots_without_mirror_bytes",
+            "Log that Sources keep for slots that belong to no Mirror",
+            self.slots_without_mirror_bytes.clone(),
+        );
         all.register("orphaned_slots", "Replication slots that deleted Mirrors left on their sources", self.orphaned_slots.clone());
         all.register("missing_permissions", "Rules that the operator's role lacks; the log names them", self.missing_permissions.clone());
         all.register("build", "The operator's release", Info::new([("release", release.to_owned())]));
