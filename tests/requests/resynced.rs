@@ -2,7 +2,7 @@
 
 use super::{Stage, Writer, ask, wait_state};
 use crate::support::Postgres;
-use crate::worker::Worker;
+use crate::worker::{Worker, wait_sql};
 
 /// Since when the slot's statistics count, which a slot that is made anew does not have.
 async fn counted_since(stage: &Stage) -> String {
@@ -71,6 +71,8 @@ async fn a_table_that_left_the_publication_comes_back() {
 async fn a_stream_without_its_slot_begins_anew_by_a_full_resync_only() {
     let mut stage = Stage::streaming(2_000).await;
     stage.worker.kill9();
+    // The server notices the end of its reader a moment later.
+    wait_sql(&stage.left, 30, "SELECT NOT active FROM pg_replication_slots WHERE slot_name = 'sluice_test'").await;
     stage
         .left
         .batch_execute(
