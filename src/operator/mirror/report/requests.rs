@@ -2,13 +2,15 @@
 
 use super::News;
 use crate::operator::slim::SlimMirror;
-use crate::resources::conditions::reason;
+use crate::resources::conditions::{cut, reason};
 use crate::resources::{MirrorStatus, RequestStatus};
 use crate::worker::contract::RequestReport;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 /// Earlier requests in the status.
 const HISTORY: usize = 10;
+/// Bytes of a message, by the schema.
+const MESSAGE_LIMIT: usize = 1024;
 /// Of a request that no worker has taken yet.
 const PENDING: &str = "Pending";
 const RUNNING: &str = "Running";
@@ -55,7 +57,7 @@ fn of_report(report: &RequestReport) -> RequestStatus {
         state: report.state.clone(),
         started_at: time(&report.started_at),
         finished_at: report.finished_at.as_ref().and_then(time),
-        message: Some(report.message.clone()).filter(|message| !message.is_empty()),
+        message: Some(cut(report.message.clone(), MESSAGE_LIMIT)).filter(|message| !message.is_empty()),
     }
 }
 

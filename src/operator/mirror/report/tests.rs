@@ -122,6 +122,29 @@ fn a_request_keeps_ready_as_it_is_but_the_copy_of_everything() {
     assert!(summary(&reported(&mirror, None, &failure)).starts_with("False SourceUnreachable"));
 }
 
+/// The API server refuses a status with a longer message, and with it all else that the status says.
+#[test]
+fn a_long_message_of_a_request_is_cut_to_what_the_schema_takes() {
+    let mirror = asked(json!({"id": "r", "action": "Resync"}));
+    let mut long = done("r", "Failed", false);
+    long["message"] = json!("é".repeat(2000));
+    let status = reported(&mirror, None, &answers("Streaming", json!({"requests": [long]})));
+    let message = status.request.and_then(|known| known.message).expect("a message");
+    assert!(message.len() <= 1024 && message.ends_with('…'), "{} bytes", message.len());
+}
+
+#[test]
+fn what_a_comparison_has_found_stays_until_another_one_says_more() {
+    let mut mirror = asked(json!({"id": "v", "action": "Verify"}));
+    let found = json!({"request": "v", "tables": 1, "of": 2, "rows": 10, "differences": 1,
+        "examples": [{"table": "public.a", "key": vec!["7"; 40], "difference": "Missing"}]});
+    let status = reported(&mirror, None, &answers("Streaming", json!({"verification": found})));
+    let seen = status.verification.clone().expect("a result");
+    assert_eq!((seen.tables.as_str(), seen.rows, seen.differences, seen.examples[0].key.len()), ("1/2", 10, 1, 32));
+    mirror.status = Some(status);
+    assert_eq!(reported(&mirror, None, &answers("Starting", json!({}))).verification, Some(seen));
+}
+
 #[test]
 fn people_hear_once_of_what_becomes_of_requests() {
     let mut mirror = asked(json!({"id": "r", "action": "Resync"}));
