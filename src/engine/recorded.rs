@@ -152,6 +152,7 @@ impl MappedTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::testing;
 
     fn column(name: &str, number: i32) -> Column {
         Column {
@@ -171,17 +172,10 @@ mod tests {
     fn table(columns: Vec<Column>) -> MappedTable {
         let name = QualifiedName::new("public", "t");
         MappedTable {
-            version: Arc::new(TableVersion { id: 7, name: name.clone(), columns, identity: Identity::Key, differs: None }),
-            target: name,
             generated: vec![Column { generated: Some("(a + 1)".into()), ..column("twice", 3) }],
-            excluded: Vec::new(),
-            accept_narrower_types: false,
             primary_key: vec!["id".into()],
-            primary_key_name: None,
-            estimated_rows: 0,
-            blocks: 0,
-            structure: Arc::default(),
             lineage: Lineage { key: Some(5), storage: "file".into(), behind: false },
+            ..testing::table(TableVersion { id: 7, name, columns, identity: Identity::Key, differs: None })
         }
     }
 

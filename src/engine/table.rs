@@ -128,6 +128,21 @@ pub struct Altered {
 }
 
 impl MappedTable {
+    /// Places of the columns that name a row: the identity's, or with the whole old row at hand the primary key's. Empty: nothing less
+    /// than the row does.
+    #[must_use]
+    pub fn key_columns(&self) -> Vec<usize> {
+        let columns = &self.version.columns;
+        match self.version.identity {
+            Identity::Key => (0..columns.len()).filter(|&column| columns[column].key).collect(),
+            Identity::Full => {
+                let position = |name: &String| columns.iter().position(|column| column.name == *name);
+                let key: Option<Vec<usize>> = self.primary_key.iter().map(position).collect();
+                key.unwrap_or_default()
+            }
+        }
+    }
+
     /// Name in the source.
     #[must_use]
     pub fn source(&self) -> &QualifiedName {

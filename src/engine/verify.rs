@@ -58,7 +58,7 @@ pub trait Compare: Send + Sync {
     /// The rows of these buckets.
     fn rows(&self, table: &MappedTable, filter: &Filter) -> impl Future<Output = Result<HashMap<Key, Seen>>> + Send;
 
-    /// Those of these rows that are there. Only for tables whose rows have names ([`names_rows`]).
+    /// Those of these rows that are there. Only for tables whose rows have names ([`MappedTable::key_columns`]).
     fn look(&self, table: &MappedTable, keys: &[Key]) -> impl Future<Output = Result<HashMap<Key, Seen>>> + Send;
 }
 
@@ -82,26 +82,6 @@ impl Compare for Incomparable {
 
     async fn look(&self, _: &MappedTable, _: &[Key]) -> Result<HashMap<Key, Seen>> {
         match *self {}
-    }
-}
-
-/// Whether rows of a table can be named by some of their columns.
-#[must_use]
-pub fn names_rows(table: &MappedTable) -> bool {
-    !key_columns(table).is_empty()
-}
-
-/// The columns that name a row: of the primary key, else of the replica identity.
-#[must_use]
-pub fn key_columns(table: &MappedTable) -> Vec<&str> {
-    use super::table::Identity;
-    let identity = || table.version.columns.iter().filter(|column| column.key).map(|column| column.name.as_str());
-    match (table.primary_key.is_empty(), table.version.identity) {
-        (false, _) if table.primary_key.iter().all(|key| table.version.columns.iter().any(|column| column.name == *key)) => {
-            table.primary_key.iter().map(String::as_str).collect()
-        }
-        (_, Identity::Key) => identity().collect(),
-        (_, Identity::Full) => Vec::new(),
     }
 }
 
@@ -246,7 +226,7 @@ async fn settle<S: Compare, T: Compare>(
 
 /// Rows by their names where they have some; else all rows of their buckets.
 async fn again<C: Compare>(side: &C, table: &MappedTable, filter: &Filter, keys: &[Key]) -> Result<HashMap<Key, Seen>> {
-    if names_rows(table) { side.look(table, keys).await } else { side.rows(table, filter).await }
+    if table.key_columns().is_empty() { side.rows(table, filter).await } else { side.look(table, keys).await }
 }
 
 /// Rows that do not look alike, in order.

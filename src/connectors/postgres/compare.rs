@@ -13,11 +13,11 @@ use super::source::answer;
 use super::sql::{qualified, quote_ident};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::table::{Column, MappedTable, QualifiedName};
-use crate::engine::verify::{BUCKET_BITS, Compare, Digest, Filter, Key, Seen, key_columns, names_rows};
+use crate::engine::verify::{BUCKET_BITS, Compare, Digest, Filter, Key, Seen};
 use futures::TryStreamExt as _;
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
@@ -37,8 +37,6 @@ const MODULUS: i64 = i64::MAX;
 pub struct PostgresCompare {
     endpoint: Endpoint,
     side: Side,
-    /// Bytes of tables that are read in a second, at the most.
-    rate: Option<u64>,
     session: tokio::sync::Mutex<Option<Session>>,
 }
 
@@ -48,7 +46,6 @@ struct Plan {
     from: String,
     /// Blocks that it has now; `None`: it can't be read by blocks.
     blocks: Option<i64>,
-    block_size: i64,
     /// Hash of the columns that name a row, or of all.
     key_hash: String,
     row_hash: String,
@@ -62,14 +59,7 @@ impl PostgresCompare {
     /// Not connected yet.
     #[must_use]
     pub fn new(endpoint: Endpoint, side: Side) -> Self {
-        Self { endpoint, side, rate: None, session: tokio::sync::Mutex::default() }
-    }
-
-    /// The same, reading no more than so many bytes of tables a second; without a bound otherwise.
-    #[must_use]
-    pub fn with_rate(mut self, bytes_per_second: Option<u64>) -> Self {
-        self.rate = bytes_per_second;
-        self
+        Self { endpoint, side, session: tokio::sync::Mutex::default() }
     }
 
     /// The session of the last statement that succeeded, or a new one.
@@ -97,11 +87,11 @@ impl PostgresCompare {
 
     async fn plan(&self, session: &Session, table: &MappedTable) -> Result<Plan> {
         let name = self.name(table);
-        let sql = "SELECT c.relkind = 'p', pg_relation_size(c.oid) / current_setting('block_size')::bigint, current_setting('block_size')::bigint
+        let sql = "SELECT c.relkind = 'p', pg_relation_size(c.oid) / current_setting('block_size')::bigint
             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
         let found = answer(self.side, "look for the table", session.query_opt(sql, &[&name.schema, &name.name])).await?;
         let found = found.ok_or_else(|| Error::stop(reason::TABLE_MISSING, format!("{name} is gone")))?;
-        let (partitioned, blocks, block_size): (bool, i64, i64) = (found.get(0), found.get(1), found.get(2));
+        let (partitioned, blocks): (bool, i64) = (found.get(0), found.get(1));
         let present = match self.side {
             Side::Source => None,
             Side::Target => ddl::describe(session, name).await?,
@@ -112,7 +102,7 @@ impl PostgresCompare {
             there.map_or_else(|| column.declared.clone(), |there| there.declared.clone())
         };
         let columns = &table.version.columns;
-        let key: Vec<&Column> = key_columns(table).iter().filter_map(|key| columns.iter().find(|column| column.name == *key)).collect();
+        let key: Vec<&Column> = table.key_columns().into_iter().map(|column| &columns[column]).collect();
         let hashes = |columns: &mut dyn Iterator<Item = &Column>| columns.map(hashed).collect::<Vec<_>>().join(", ");
         let row_hash = format!("hash_record_extended(ROW({}), 0)", hashes(&mut columns.iter()));
         let key_hash = format!("hash_record_extended(ROW({}), 1)", hashes(&mut key.iter().copied()));
@@ -120,7 +110,6 @@ impl PostgresCompare {
         Ok(Plan {
             from: format!("{}{}", if partitioned { "" } else { "ONLY " }, qualified(name)),
             blocks: (!partitioned).then_some(blocks),
-            block_size,
             key_hash: if key.is_empty() { row_hash.clone() } else { key_hash },
             row_hash,
             key_text: format!("ARRAY[{}]::text[]", key_text.join(", ")),
@@ -138,7 +127,6 @@ impl PostgresCompare {
     ) -> Result<()> {
         let pieces = plan.blocks.map_or(1, |blocks| blocks.div_euclid(PIECE) + 1);
         for piece in 0..pieces {
-            let begun = Instant::now();
             let first = piece * PIECE;
             let range = match plan.blocks {
                 None => String::new(),
@@ -161,11 +149,6 @@ impl PostgresCompare {
             match tokio::time::timeout(PIECE_LIMIT, rows).await {
                 Ok(read) => read.map_err(|error| classify(self.side, "compare rows", &error))??,
                 Err(_) => return Err(super::errors::lost(self.side, "compare rows", &format!("no answer within {PIECE_LIMIT:?}"))),
-            }
-            if let (Some(rate), Some(blocks)) = (self.rate, plan.blocks) {
-                let bytes = PIECE.min(blocks - first).max(0).unsigned_abs() * plan.block_size.unsigned_abs();
-                let wanted = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-                tokio::time::sleep(wanted.saturating_sub(begun.elapsed())).await;
             }
         }
         Ok(())
@@ -201,7 +184,7 @@ impl Compare for PostgresCompare {
     async fn rows(&self, table: &MappedTable, filter: &Filter) -> Result<HashMap<Key, Seen>> {
         let session = self.take().await?;
         let plan = self.plan(&session, table).await?;
-        let named = names_rows(table);
+        let named = !plan.key.is_empty();
         let condition = condition(filter);
         let select = |from: &str| {
             let (name, version) = if named { (plan.key_text.as_str(), "xmin::text::bigint") } else { ("NULL::text[]", "0::bigint") };

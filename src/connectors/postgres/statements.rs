@@ -13,7 +13,7 @@ use crate::engine::batch::Cell;
 use crate::engine::coalesce::{Action, ColumnSet, Images, Order, Row, TableRule};
 use crate::engine::error::{Error, Result, reason};
 use crate::engine::roles::ApplyMode;
-use crate::engine::table::{Identity, MappedTable, QualifiedName, TableVersion};
+use crate::engine::table::{MappedTable, QualifiedName, TableVersion};
 use std::sync::Arc;
 
 /// Which image a parameter's values come from.
@@ -113,7 +113,7 @@ impl TableWriter {
     /// `TargetTableIncompatible` when the target lacks a column.
     pub fn new(table: &MappedTable, present: &TargetTable, mode: ApplyMode, triggers_accepted: bool) -> Result<Self> {
         let version = &table.version;
-        let key = key_columns(table);
+        let key = table.key_columns();
         let mut columns = Vec::with_capacity(version.columns.len());
         for column in &version.columns {
             let Some(place) = present.columns.iter().position(|target| target.name == column.name) else {
@@ -444,19 +444,6 @@ impl SetTexts {
     }
 }
 
-/// Columns that name a row: the identity's, or with the whole old row at hand the primary key's.
-fn key_columns(table: &MappedTable) -> Vec<usize> {
-    let columns = &table.version.columns;
-    match table.version.identity {
-        Identity::Key => (0..columns.len()).filter(|&column| columns[column].key).collect(),
-        Identity::Full => {
-            let position = |name: &String| columns.iter().position(|column| column.name == *name);
-            let key: Option<Vec<usize>> = table.primary_key.iter().map(position).collect();
-            key.unwrap_or_default()
-        }
-    }
-}
-
 /// Bytes of a binary row before its fields: its own length and the number of fields (PostgreSQL: `record_recv`).
 const ROW_HEADER: usize = 8;
 /// Bytes of each field before its value: type and length.
@@ -474,12 +461,12 @@ fn sends_rows(present: &TargetTable, mirrored: usize) -> bool {
 
 /// Names of the columns that name a row; empty: the whole old row does.
 pub(super) fn key_names(table: &MappedTable) -> Vec<&str> {
-    key_columns(table).into_iter().map(|column| table.version.columns[column].name.as_str()).collect()
+    table.key_columns().into_iter().map(|column| table.version.columns[column].name.as_str()).collect()
 }
 
 /// Whether a column is one of those that name a row.
 pub(super) fn names_rows(table: &MappedTable, column: usize) -> bool {
-    let key = key_columns(table);
+    let key = table.key_columns();
     key.is_empty() || key.contains(&column)
 }
 

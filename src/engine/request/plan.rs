@@ -201,26 +201,12 @@ mod tests {
     use crate::engine::error::reason;
     use crate::engine::roles::{Claim, Owner, StreamKey};
     use crate::engine::table::{Identity, QualifiedName, TableVersion};
-    use crate::engine::testing::Pos;
+    use crate::engine::testing::{self, Pos};
     use std::collections::HashMap;
-    use std::sync::Arc;
 
     fn table(name: &str) -> MappedTable {
         let name = QualifiedName::new("public", name);
-        let version = TableVersion { id: 1, name: name.clone(), columns: Vec::new(), identity: Identity::Key, differs: None };
-        MappedTable {
-            version: Arc::new(version),
-            target: name,
-            generated: Vec::new(),
-            excluded: Vec::new(),
-            accept_narrower_types: false,
-            primary_key: Vec::new(),
-            primary_key_name: None,
-            estimated_rows: 0,
-            blocks: 0,
-            structure: Arc::default(),
-            lineage: crate::engine::table::Lineage::default(),
-        }
+        testing::table(TableVersion { id: 1, name, columns: Vec::new(), identity: Identity::Key, differs: None })
     }
 
     /// A stream at position 10 with tables in these states.

@@ -112,23 +112,16 @@ pub(super) fn comment(what: &str, text: &str) -> String {
 mod tests {
     use super::*;
     use crate::engine::structure::{ColumnDefault, Structure};
-    use crate::engine::table::{Identity, Lineage, TableVersion};
+    use crate::engine::table::{Identity, TableVersion};
+    use crate::engine::testing;
     use std::sync::Arc;
 
     fn table(structure: Structure) -> MappedTable {
         let name = QualifiedName::new("app", "users");
         MappedTable {
-            version: Arc::new(TableVersion { id: 1, name, columns: Vec::new(), identity: Identity::Key, differs: None }),
             target: QualifiedName::new("Copy", "people"),
-            generated: Vec::new(),
-            excluded: Vec::new(),
-            accept_narrower_types: false,
-            primary_key: Vec::new(),
-            primary_key_name: None,
-            estimated_rows: 0,
-            blocks: 0,
             structure: Arc::new(structure),
-            lineage: Lineage::default(),
+            ..testing::table(TableVersion { id: 1, name, columns: Vec::new(), identity: Identity::Key, differs: None })
         }
     }
 

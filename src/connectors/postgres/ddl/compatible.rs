@@ -155,8 +155,8 @@ fn modifiers(declared: &str) -> Option<Vec<i64>> {
 mod tests {
     use super::super::describe::Equality;
     use super::*;
-    use crate::engine::table::{Identity, Lineage, QualifiedName, TableVersion};
-    use std::sync::Arc;
+    use crate::engine::table::{Identity, QualifiedName, TableVersion};
+    use crate::engine::testing;
 
     fn source(name: &str, type_name: &str, declared: &str) -> Column {
         Column {
@@ -193,17 +193,9 @@ mod tests {
     fn mapped(columns: Vec<Column>, generated: Vec<Column>) -> MappedTable {
         let name = QualifiedName::new("public", "t");
         MappedTable {
-            version: Arc::new(TableVersion { id: 1, name: name.clone(), columns, identity: Identity::Key, differs: None }),
-            target: name,
             generated,
-            excluded: vec![],
-            accept_narrower_types: false,
             primary_key: vec!["id".into()],
-            primary_key_name: None,
-            estimated_rows: 0,
-            blocks: 0,
-            structure: Arc::default(),
-            lineage: Lineage::default(),
+            ..testing::table(TableVersion { id: 1, name, columns, identity: Identity::Key, differs: None })
         }
     }
 
@@ -301,7 +293,7 @@ mod tests {
         assert_eq!(narrower(&table, &there), ["n is numeric(12,1), the source's numeric(12,2)"]);
 
         let mut key = mapped(vec![numeric()], vec![]);
-        Arc::make_mut(&mut key.version).columns[0].key = true;
+        std::sync::Arc::make_mut(&mut key.version).columns[0].key = true;
         key.accept_narrower_types = true;
         let error = check_compatible(&key, &present(vec![rounding()])).unwrap_err();
         assert!(error.message.contains("names rows") && !error.message.contains("narrowerTypes"), "{error}");

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::engine::error::reason;
-use crate::engine::table::{Column, Identity, Lineage, QualifiedName};
+use crate::engine::table::{Column, Identity, QualifiedName};
+use crate::engine::testing;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -29,19 +30,7 @@ pub fn table(identity: Identity) -> MappedTable {
         identity,
         differs: None,
     };
-    MappedTable {
-        version: Arc::new(version),
-        target: QualifiedName::new("public", "t"),
-        generated: Vec::new(),
-        excluded: Vec::new(),
-        accept_narrower_types: false,
-        primary_key: vec!["id".into()],
-        primary_key_name: None,
-        estimated_rows: 0,
-        blocks: 0,
-        structure: Arc::default(),
-        lineage: Lineage::default(),
-    }
+    MappedTable { primary_key: vec!["id".into()], ..testing::table(version) }
 }
 
 pub fn relation(id: u32, name: &str, identity: u8, columns: &[(u8, &str, u32)]) -> Vec<u8> {

@@ -121,8 +121,8 @@ fn fits(published: &PublishedTable, table: &MappedTable) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::table::{Column, Identity, Lineage, TableVersion};
-    use std::sync::Arc;
+    use crate::engine::table::{Column, Identity, TableVersion};
+    use crate::engine::testing;
 
     fn table(id: u32, excluded: &[&str]) -> MappedTable {
         let column = |name: &str| Column {
@@ -140,17 +140,9 @@ mod tests {
         let columns = ["id", "a", "b"].into_iter().filter(|name| !excluded.contains(name)).map(column).collect();
         let name = QualifiedName::new("public", format!("t{id}"));
         MappedTable {
-            version: Arc::new(TableVersion { id, name: name.clone(), columns, identity: Identity::Key, differs: None }),
-            target: name,
-            generated: Vec::new(),
             excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
-            accept_narrower_types: false,
             primary_key: vec!["id".into()],
-            primary_key_name: None,
-            estimated_rows: 0,
-            blocks: 0,
-            structure: Arc::default(),
-            lineage: Lineage::default(),
+            ..testing::table(TableVersion { id, name, columns, identity: Identity::Key, differs: None })
         }
     }
 
